@@ -1,0 +1,66 @@
+"""The `hybrid-rl` command. Exit status: 0 done, 1 the run failed, 2 the input or the environment is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_rl.config import Config, ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="hybrid-rl", description="Reinforcement learning with verifiable rewards under an adaptation plan."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = _command(commands, "train", "train a policy", _train)
+    train.add_argument("--resume", action="store_true", help="continue the run in run.dir from its last checkpoint")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved settings, start nothing"
+    )
+    _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(load_config(options.config, options.overrides), options)
+    except ConfigError as error:
+        print(f"hybrid-rl {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _command(commands: argparse._SubParsersAction, name: str, summary: str, run: object) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's; dots are nesting"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _train(config: Config, options: argparse.Namespace) -> int:
+    if options.dry_run:
+        from hybrid_rl.tracking import dump_config
+        from trainers.setup import check_task
+
+        check_task(config)
+        print(dump_config(config), end="")
+        return 0
+    from trainers.grpo import train
+
+    train(config, name=Path(options.config).stem, resume=options.resume)
+    return 0
+
+
+def _warm_start(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.warm_start import warm_start
+
+    warm_start(config, Console(soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Workers as Ray actors, each in its own place of one placement group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hybrid_rl.cluster.base import worker_environment
+from hybrid_rl.cluster.inline import free_port
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.types import Pending, Resources, WorkerDied, WorkerHandle
+
+_PLACEMENT_TIMEOUT = 60.0
+_CONNECT_TIMEOUT = 10.0
+
+
+class RayCluster:
+    """Starts Ray on this machine's loopback interface, or joins `cluster.address`."""
+
+    def __init__(self, config: Config) -> None:
+        where: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        if config.cluster.address is not None:
+            where = {"address": config.cluster.address}
+            _check_reachable(config.cluster.address)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **where)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"cluster.address={config.cluster.address!r}: cannot join a Ray cluster: {error}"
+            ) from None
+        self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self._environment = worker_environment(config, gpus=self.has_gpus)
+        self._workers: list[Resources] = []
+        self._group: PlacementGroup | None = None
+
+    def reserve(self, workers: Sequence[Resources]) -> None:
+        total = ray.cluster_resources()
+        for kind, settings, needed in (
+            ("CPU", "learner.cpus, rollout.cpus", sum(w.cpus for w in workers)),
+            ("GPU", "learner.gpus, rollout.gpus", sum(w.gpus for w in workers)),
+        ):
+            if needed > total.get(kind, 0):
+                raise ConfigError(
+                    f"the run needs {needed:g} {kind}s for {len(workers)} workers, the cluster has "
+                    f"{total.get(kind, 0):g}; lower learner.world_size, rollout.engines or {settings}"
+                )
+        bundles = [{"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {}) for w in workers]
+        self._workers = list(workers)
+        self._group = placement_group(bundles, strategy="PACK")
+        if not self._group.wait(_PLACEMENT_TIMEOUT):
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            raise ConfigError(
+                f"the cluster could not place {len(workers)} workers within {_PLACEMENT_TIMEOUT:g} s; free: {free}, "
+                f"needed: {bundles}. Wait for other jobs or lower learner.world_size and rollout.engines"
+            )
+
+    def start(self, place: int, worker: type, *args: Any, name: str) -> WorkerHandle:
+        assert self._group is not None, "reserve places first"
+        options = {
+            "num_cpus": self._workers[place].cpus,
+            "num_gpus": self._workers[place].gpus,
+            "runtime_env": {"env_vars": self._environment},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place),
+        }
+        return _RayHandle(name, ray.remote(_Host).options(**options).remote(worker, *args))  # type: ignore[attr-defined]
+
+    def endpoint(self, handle: WorkerHandle) -> tuple[str, int]:
+        assert isinstance(handle, _RayHandle)
+        return handle.endpoint()
+
+    def share(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def close(self) -> None:
+        if self._group is not None:
+            remove_placement_group(self._group)
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes for an address where nothing listens."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:  # "auto" and the like, which Ray looks up
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cluster.address={address!r} cannot be reached ({error}); start Ray there with `ray start --head`, or "
+            "leave the setting out to start a cluster on this machine"
+        ) from None
+
+
+class _Host:
+    """The actor around a worker, so that workers need not know Ray."""
+
+    def __init__(self, worker: type, *args: Any) -> None:
+        self._worker = worker(*args)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._worker, method)(*args, **kwargs)
+
+    def endpoint(self) -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), free_port()
+
+
+class _RayHandle:
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> Pending:
+        return _RayPending(self.name, self._actor.call.remote(method, *args, **kwargs))
+
+    def endpoint(self) -> tuple[str, int]:
+        return _RayPending(self.name, self._actor.endpoint.remote()).result()
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+
+
+class _RayPending:
+    def __init__(self, name: str, reference: Any) -> None:
+        self._name = name
+        self._reference = reference
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return ray.get(self._reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise WorkerDied(f"{self._name} did not answer within {timeout:g} s") from None
+        except (ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError) as death:
+            raise WorkerDied(f"{self._name}: {str(death).strip().splitlines()[0]}") from None

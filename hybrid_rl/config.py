@@ -1,0 +1,409 @@
+"""Every setting of a run: one pydantic tree, read from YAML and `key=value` overrides.
+
+Unknown keys are refused with the nearest valid name, settings that contradict each other with both names. Nothing here
+imports torch, Ray or vLLM, so a configuration can be checked anywhere in well under a second. Checks that need the
+model, the data or the cluster are made by the rooms that own them, and raise the same `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(Exception):
+    """The input or the environment is wrong; the message names the setting, its value and the fix. Exit status 2."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class ModelConfig(_Settings):
+    path: str
+    """A hub name or a local directory holding a causal language model and its tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the learner's forward pass and of the rollout engines. Trained weights keep fp32 masters."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless asked for."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of the learner (transformers' name for it)."""
+
+
+class DataConfig(_Settings):
+    train: str
+    """Training problems: a local `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub data set
+    `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator."""
+    eval: str
+    """Held-out problems, named as `data.train` is."""
+    columns: dict[str, str] = {}
+    """Our name -> the data set's column, e.g. `{prompt: question}`. `prompt` must exist; rewards see all columns."""
+    template: str = "{prompt}"
+    """Text shown to the policy; `{prompt}` stands for the problem. No other brace is special."""
+    chat: bool = False
+    """Wrap the text as a user message in the tokenizer's chat template."""
+    answer_after: str | None = None
+    """Keep of the `answer` column only what follows the last occurrence of this mark (GSM8K: `####`)."""
+    max_prompt_length: PositiveInt = 1024
+    """Prompts of more tokens are left out, and counted."""
+    eval_size: PositiveInt | None = None
+    """Use the first so many held-out problems; all of them by default."""
+
+
+class AlgoConfig(_Settings):
+    clip_low: Probability = 0.2
+    """Lower clip of the importance ratio: 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """Upper clip of the importance ratio: 1 + clip_high."""
+
+
+class BatchConfig(_Settings):
+    prompts: PositiveInt = 32
+    """Prompts a step."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions a prompt: the group whose rewards are compared."""
+    mini_batches: PositiveInt = 1
+    """Optimizer steps a rollout batch; 1 is strictly on-policy."""
+    tokens_per_micro_batch: PositiveInt = 8192
+    """Most tokens, padding included, that a learner rank puts through the model at once. Does not change gradients."""
+
+
+class SamplingConfig(_Settings):
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of training rollouts; the learner's log-probabilities use the same."""
+    top_p: Probability = 1.0
+    """Nucleus sampling. Below 1 the learner still scores under the full distribution; see `policy/rollout_kl`."""
+    max_completion_length: PositiveInt = 256
+    """Most tokens a completion."""
+    stop: list[str] = []
+    """Strings that end a completion."""
+
+
+class BudgetConfig(_Settings):
+    ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the candidates that may be fully fine-tuned."""
+    unit: Literal["params", "modules"] = "params"
+    """What the share is of: parameters or matrices."""
+
+
+class PlanConfig(_Settings):
+    path: str | None = None
+    """Use this plan file instead of ranking."""
+    score: Literal["adam_tail_split", "grad_tail_split", "grad_norm", "random"] = "adam_tail_split"
+    """How modules are ranked; see `hybrid_rl/scoring`."""
+    score_rank: PositiveInt = 2
+    """Rank whose truncation the tail scores measure."""
+    prompts: Annotated[int, Field(ge=2)] = 128
+    """Prompts whose rollouts the gradient scores see, in two disjoint halves."""
+    budget: BudgetConfig = BudgetConfig()
+    placement: Literal["all", "attention", "recurrent", "mlp"] = "all"
+    """Components whose matrices are candidates."""
+    rest: Literal["lora", "frozen"] = "lora"
+    """Treatment of the candidates outside the budget."""
+
+
+class FullConfig(_Settings):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Learning rate of the fully fine-tuned matrices."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip of this group's gradient norm, on its own."""
+
+
+class LoraConfig(_Settings):
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the LoRA matrices; 10 x `full.lr` by default."""
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """LoRA scaling numerator; 2 x `lora.rank` by default."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Clip of this group's gradient norm, on its own."""
+
+
+class LearnerConfig(_Settings):
+    world_size: PositiveInt = 2
+    """Data-parallel learner ranks."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which both learning rates rise linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of both learning rates after warm-up; the last two end at 0 after `steps`."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    cpus: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs that each rank reserves in the cluster."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs that each rank reserves; 1 where the cluster has any, else 0."""
+
+
+class RolloutConfig(_Settings):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What generates completions. `transformers` is slow and runs any model."""
+    engines: PositiveInt = 1
+    """Rollout engines; prompts are shared out among them."""
+    max_concurrent: PositiveInt = 256
+    """Sequences that one engine decodes at once."""
+    gpu_memory_utilization: Probability = 0.85
+    """Share of a GPU's memory that one engine takes (vLLM on GPU)."""
+    cpu_kv_cache_gib: PositiveInt = 1
+    """Memory for one engine's key-value cache (vLLM on CPU)."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that dead engines are replaced before the run fails."""
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds after which an engine that has not answered is taken for dead."""
+    cpus: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs that each engine reserves in the cluster."""
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs that each engine reserves; 1 where the cluster has any, else 0."""
+
+
+class SyncConfig(_Settings):
+    verify: bool = True
+    """After every weight update, compare digests of what each engine holds with the learner's; stop on a difference."""
+
+
+class RewardSpec(_Settings):
+    plugin: str
+    """`module:function` or `path/to/file.py:function`."""
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+
+
+class RewardConfig(_Settings):
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that one completion's score may take; for a whole group at first, then completion by completion."""
+    workers: PositiveInt = 2
+    """Reward processes."""
+
+
+class ClusterConfig(_Settings):
+    backend: Literal["ray", "inline"] = "ray"
+    """`inline` runs the same workers in this process, for debugging."""
+    address: str | None = None
+    """Ray cluster to join (`auto`, `host:port`); one is started on this machine by default."""
+
+
+class CheckpointConfig(_Settings):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+
+
+class EvalConfig(_Settings):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations. 0: only before and after."""
+    k: Annotated[int, Field(ge=0)] = 4
+    """Samples a problem for mean@k, at `sampling.temperature`. 0: greedy only."""
+
+
+class TrackingConfig(_Settings):
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "hybrid-rl"
+    """wandb project."""
+
+
+class RunConfig(_Settings):
+    dir: str | None = None
+    """Exactly the run's directory. By default `runs/<run.name or config name>-<time>`."""
+    name: str | None = None
+
+
+class WarmStartConfig(_Settings):
+    """Shape and training of the small base policy that `hybrid-rl warm-start` makes where there is none."""
+
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    steps: PositiveInt = 400
+    """Training steps; the learning rate falls to 0 over the last 40 % of them."""
+    batch: PositiveInt = 128
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Share of the demonstrations that show the data's `slip` (a common mistake) instead of its `answer`, where it has
+    that column. Imitation learns the mistake; reinforcement learning has it to unlearn."""
+    seed: int = 0
+
+
+class Config(_Settings):
+    """All settings of a run; see the fields of each section."""
+
+    model: ModelConfig
+    data: DataConfig
+    algorithm: Literal["grpo"] = "grpo"
+    """Preset of the policy-optimisation algorithm; single fields are overridden under `algo`."""
+    algo: AlgoConfig = AlgoConfig()
+    adaptation: Literal["hybrid", "lora", "full"] = "hybrid"
+    """`hybrid`: the best-scored candidates full, the rest LoRA; `lora`: LoRA on all; `full`: all of them full."""
+    steps: PositiveInt = 100
+    """Rollout batches to train on."""
+    seed: int = 0
+    """Seed of data order, sampling, ranking and initialisation."""
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    plan: PlanConfig = PlanConfig()
+    full: FullConfig = FullConfig()
+    lora: LoraConfig = LoraConfig()
+    learner: LearnerConfig = LearnerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
+    rewards: Annotated[list[RewardSpec], Field(min_length=1)] = [RewardSpec(plugin="rewards.math:accuracy")]
+    """Rewards, summed by weight. The first one also measures held-out accuracy."""
+    reward: RewardConfig = RewardConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run: RunConfig = RunConfig()
+    warm_start: WarmStartConfig | None = None
+
+    @property
+    def lora_lr(self) -> float:
+        """LoRA learning rate with its default resolved."""
+        return 10 * self.full.lr if self.lora.lr is None else self.lora.lr
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA alpha with its default resolved."""
+        return 2.0 * self.lora.rank if self.lora.alpha is None else self.lora.alpha
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.batch.prompts * self.batch.num_generations
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        slices = self.batch.mini_batches * self.learner.world_size
+        if self.completions_per_step % slices:
+            raise ValueError(
+                f"batch.prompts x batch.num_generations = {self.batch.prompts} x {self.batch.num_generations} = "
+                f"{self.completions_per_step} completions do not divide among batch.mini_batches x learner.world_size "
+                f"= {self.batch.mini_batches} x {self.learner.world_size} = {slices}; make it a multiple of {slices}"
+            )
+        if self.cluster.backend == "inline" and self.learner.world_size > 1:
+            raise ValueError(
+                f"cluster.backend=inline runs everything in one process and cannot hold learner.world_size="
+                f"{self.learner.world_size} ranks; set learner.world_size=1 or cluster.backend=ray"
+            )
+        if self.cluster.backend == "inline" and self.cluster.address is not None:
+            raise ValueError(
+                f"cluster.backend=inline uses no cluster, but cluster.address={self.cluster.address!r} is given; "
+                "drop one of them"
+            )
+        if self.plan.path is not None and self.adaptation != "hybrid":
+            raise ValueError(
+                f"adaptation={self.adaptation} makes its own plan, but plan.path={self.plan.path!r} is given; "
+                "drop one of them"
+            )
+        if "{prompt}" not in self.data.template:
+            raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
+        longest = self.data.max_prompt_length + self.sampling.max_completion_length
+        if longest > self.batch.tokens_per_micro_batch:
+            raise ValueError(
+                f"batch.tokens_per_micro_batch={self.batch.tokens_per_micro_batch} cannot hold one sequence of "
+                f"data.max_prompt_length + sampling.max_completion_length = {longest} tokens; raise it or shorten those"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` (YAML), apply `key=value` overrides (dots are nesting), and check the result.
+
+    Raises `ConfigError` with a message that fits one screen.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} must hold a mapping of settings, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Check a tree of settings; every problem found is listed in one `ConfigError`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(dict(detail)) for detail in error.errors()]
+        shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
+        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {line}" for line in shown)) from None
+
+
+def setting_names() -> list[str]:
+    """Every setting's dotted name, in order."""
+    return list(_names(Config, ""))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for depth, parent in enumerate(parents, start=1):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not settings")
+        node = child
+    node[leaf] = value
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        known = setting_names()
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if not close:  # the right name in the wrong section
+            close = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown setting {name}{hint}"
+    if detail["type"] == "missing":
+        return f"{name} is required and was not given"
+    if not name:
+        return message
+    return f"{name}={detail['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        yield prefix + name
+        if section is not None:
+            yield from _names(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -1,0 +1,43 @@
+"""The learner's ranks as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.types import StepStats, TrainSequence, WeightUpdate, WorkerHandle, call_all
+
+
+class LearnerGroup:
+    """Every call goes to all ranks at once, since each is a collective operation."""
+
+    def __init__(self, workers: Sequence[WorkerHandle]) -> None:
+        self._workers = list(workers)
+
+    def connect(self, address: str, port: int) -> None:
+        call_all(self._workers, "connect", address, port)
+
+    def score(self, halves: Sequence[Sequence[TrainSequence]]) -> dict[str, float]:
+        return call_all(self._workers, "score", halves)[0]
+
+    def build(self, plan: AdaptationPlan) -> dict[str, Any]:
+        return call_all(self._workers, "build", plan.to_json())[0]
+
+    def train(self, batch: Any) -> StepStats:
+        """Train on a `TrainBatch`, or on a reference to one. Seconds are the slowest rank's."""
+        stats: list[StepStats] = call_all(self._workers, "train", batch)
+        seconds = {part: max(s.seconds[part] for s in stats) for part in stats[0].seconds}
+        return StepStats(stats[0].metrics, seconds)
+
+    def export(self, version: int) -> WeightUpdate:
+        return call_all(self._workers, "export", version)[0]
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[list[float]]:
+        return call_all(self._workers, "logprobs", sequences)[0]
+
+    def save(self, directory: str) -> None:
+        call_all(self._workers, "save", directory)
+
+    def load(self, directory: str) -> None:
+        call_all(self._workers, "load", directory)

@@ -1,0 +1,303 @@
+"""One rank of the learner: a plain class around a DeepSpeed engine.
+
+Life: `connect` (join the process group, load the base model), `score` (once, if the plan is ranked), `build` (apply the
+plan, start DeepSpeed), then `train` and `export` every step. Every rank gets the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hybrid_rl.adaptation import apply_plan
+from hybrid_rl.algorithms import clipped_policy_loss, k3_divergence
+from hybrid_rl.components import candidate_matrices
+from hybrid_rl.config import Config
+from hybrid_rl.learner.batching import PaddedBatch, micro_batches, pad
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.scoring import GradientMoments, score_gradients
+from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
+from hybrid_rl.weight_sync import digest, encode_update
+
+SCORE_MICRO_BATCHES = 8
+"""Micro-batches a half whose gradients give the scores their second moments; independent of ranks and memory."""
+
+
+class LearnerWorker:
+    def __init__(self, config: Config, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = config.learner.world_size
+
+    def connect(self, address: str, port: int) -> None:
+        """Join the process group at `address:port` and load the base model."""
+        os.environ.update(
+            MASTER_ADDR=address,
+            MASTER_PORT=str(port),
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._world_size),
+            LOCAL_RANK="0" if torch.cuda.is_available() else str(self._rank),
+            LOCAL_SIZE="1" if torch.cuda.is_available() else str(self._world_size),
+        )
+        # DeepSpeed would compile this CPU collective on first use, for over a minute; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype = getattr(torch, self._config.model.dtype)
+        torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self._config.model.path,
+            # Training starts from fp32: DeepSpeed keeps these values as masters and makes the bf16 copy itself.
+            dtype=torch.float32,
+            trust_remote_code=self._config.model.trust_remote_code,
+            attn_implementation=self._config.model.attention,
+        )
+        self._model = model.to(self._device)
+
+    def score(self, halves: Sequence[Sequence[TrainSequence]]) -> dict[str, float]:
+        """Gradient scores of every candidate from two disjoint sets of sequences. The model is left as it was."""
+        plan = self._config.plan
+        candidates = candidate_matrices(self._model)
+        weights = {c.name: self._model.get_submodule(c.name).weight for c in candidates}
+        self._model.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        moments = GradientMoments({c.name: c.shape for c in candidates}, self._device)
+        for half, sequences in enumerate(halves):
+            chunks = [sequences[i::SCORE_MICRO_BATCHES] for i in range(min(SCORE_MICRO_BATCHES, len(sequences)))]
+            for chunk in chunks[self._rank :: self._world_size]:
+                for padded in self._padded(chunk, ranks=1, rank=0):
+                    logprobs = self._logprobs(self._model, padded)
+                    self._policy_loss(logprobs, logprobs.detach(), padded, len(chunk)).loss.backward()
+                moments.add(half, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
+                self._model.zero_grad(set_to_none=True)
+        for tensor in moments.tensors():
+            deepspeed.comm.all_reduce(tensor)
+        return score_gradients(moments, plan.score, plan.score_rank)  # type: ignore[arg-type]
+
+    def build(self, plan_json: str) -> dict[str, Any]:
+        """Apply the plan and start DeepSpeed. Returns each optimizer group's name, parameters and learning rate.
+
+        Raises `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the way.
+        """
+        if self._config.learner.gradient_checkpointing:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._model.enable_input_require_grads()
+        self._adapted = apply_plan(self._model, AdaptationPlan.from_json(plan_json))
+        config = self._config
+        settings = {"full": config.full, "lora": config.lora}
+        rates = {"full": config.full.lr, "lora": config.lora_lr}
+        parameters = {"full": list(self._adapted.full.values()), "lora": self._adapted.lora_parameters}
+        self._group_names = [name for name in ("full", "lora") if parameters[name]]
+        self._base_lr = [rates[name] for name in self._group_names]
+        self._max_norm = [settings[name].max_grad_norm for name in self._group_names]
+        groups = [
+            {"params": parameters[name], "lr": rates[name], "weight_decay": settings[name].weight_decay}
+            for name in self._group_names
+        ]
+        before = self._digests()
+        self._model.train()
+        self._optimizer: Any
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=self._adapted.model,
+            optimizer=torch.optim.AdamW(groups, betas=config.learner.adam_betas),
+            config=self._deepspeed_config(),
+        )
+        if len(self._optimizer.param_groups) != len(self._group_names):
+            raise RuntimeError(f"DeepSpeed kept {len(self._optimizer.param_groups)} of the groups {self._group_names}")
+        changed = [name for name, value in self._digests().items() if value != before[name]]
+        if changed:
+            raise RuntimeError(f"DeepSpeed changed {changed[0]} while it initialised")
+        sizes = {name: sum(math.prod(_shape(p)) for p in parameters[name]) for name in self._group_names}
+        return {name: {"params": sizes[name], "lr": rates[name]} for name in self._group_names}
+
+    def train(self, batch: TrainBatch) -> StepStats:
+        """One optimizer step a mini-batch. Returns metrics of the whole batch, equal on every rank."""
+        self._seconds = {"logprob": 0.0, "train": 0.0}
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self._device)
+        self._worst = torch.zeros(1, dtype=torch.float64, device=self._device)
+        norms: list[dict[str, float]] = []
+        # With one mini-batch the policy that trains is the one that sampled; its log-probabilities are the old ones.
+        shards = [list(self._padded(m, self._world_size, self._rank)) for m in batch.mini_batches]
+        olds = [self._old_logprobs(shard) if len(shards) > 1 else None for shard in shards]
+        for shard, old, sequences in zip(shards, olds, batch.mini_batches, strict=True):
+            norms.append(self._optimizer_step(shard, old, len(sequences), batch.lr_scale))
+        deepspeed.comm.all_reduce(self._sums)
+        deepspeed.comm.all_reduce(self._worst, op=deepspeed.comm.ReduceOp.MAX)
+        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        metrics = {
+            "policy/loss": sums["loss"] / len(shards),
+            "policy/clip_fraction": sums["clipped"] / tokens,
+            "policy/rollout_kl": sums["rollout_kl"] / tokens,
+            "policy/rollout_logprob_diff": sums["rollout_diff"] / tokens,
+            "policy/rollout_logprob_diff_max": float(self._worst),
+            "tokens/trained": sums["tokens"],
+        }
+        for name in ("full", "lora"):
+            metrics[f"grad_norm/{name}"] = sum(n.get(name, 0.0) for n in norms) / len(norms)
+        return StepStats(metrics, self._seconds)
+
+    def export(self, version: int) -> WeightUpdate | None:
+        """The weight update of this version from rank 0, `None` from the others."""
+        with self._gathered():
+            if self._rank != 0:
+                return None
+            full = dict(self._adapted.full)
+            lora = {name: (pair.a, pair.b, pair.scaling) for name, pair in self._adapted.lora.items()}
+            return encode_update(full, lora, version=version, dtype=self._dtype)
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[list[float]]:
+        """Log-probabilities of each completion's tokens under the current policy, for checks. One micro-batch."""
+        padded = pad(sequences, self._device)
+        with torch.no_grad():
+            logprobs = self._logprobs(self._engine, padded)
+        return [row[mask > 0].tolist() for row, mask in zip(logprobs, padded.mask_N_T, strict=True)]
+
+    def save(self, directory: str) -> None:
+        """Write this rank's share of the optimizer and the trained weights under `directory`."""
+        self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, directory: str) -> None:
+        """Read back what `save` wrote, with the same number of ranks and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
+
+    def _optimizer_step(
+        self, shard: list[PaddedBatch], old: list[Tensor] | None, sequences: int, lr_scale: float
+    ) -> dict[str, float]:
+        started = time.perf_counter()
+        for i, padded in enumerate(shard):
+            self._engine.set_gradient_accumulation_boundary(i == len(shard) - 1)
+            logprobs = self._logprobs(self._engine, padded)
+            result = self._policy_loss(logprobs, logprobs.detach() if old is None else old[i], padded, sequences)
+            # DeepSpeed averages gradients over ranks; each rank's loss is already its share of the whole.
+            self._engine.backward(result.loss * self._world_size, scale_wrt_gas=False)
+            if old is None:
+                self._compare_with_rollout(logprobs.detach(), padded)
+            self._sums[_SUMS.index("loss")] += result.loss.detach()
+            self._sums[_SUMS.index("clipped")] += result.clipped_tokens
+        norms = self._clip_groups()
+        for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * lr_scale
+        self._engine.step()
+        self._seconds["train"] += time.perf_counter() - started
+        return norms
+
+    def _old_logprobs(self, shard: list[PaddedBatch]) -> list[Tensor]:
+        started = time.perf_counter()
+        with torch.no_grad():
+            old = [self._logprobs(self._engine, padded) for padded in shard]
+        for logprobs, padded in zip(old, shard, strict=True):
+            self._compare_with_rollout(logprobs, padded)
+        self._seconds["logprob"] += time.perf_counter() - started
+        return old
+
+    def _logprobs(self, model: Any, padded: PaddedBatch) -> Tensor:
+        """Log-probabilities of the targets at the sampling temperature, [N, T] in fp32."""
+        output = model(input_ids=padded.input_ids_N_L, use_cache=False, logits_to_keep=padded.columns_T)
+        logits = output.logits.float() / self._config.sampling.temperature
+        chosen = logits.gather(-1, padded.targets_N_T[..., None])[..., 0]
+        return chosen - torch.logsumexp(logits, dim=-1)
+
+    def _policy_loss(self, logprobs: Tensor, old: Tensor, padded: PaddedBatch, sequences: int) -> Any:
+        weights = torch.full_like(padded.advantages_N, 1 / sequences)
+        return clipped_policy_loss(
+            logprobs,
+            old,
+            padded.advantages_N,
+            padded.mask_N_T,
+            clip_low=self._config.algo.clip_low,
+            clip_high=self._config.algo.clip_high,
+            weights_N=weights,
+        )
+
+    def _compare_with_rollout(self, logprobs: Tensor, padded: PaddedBatch) -> None:
+        """Count how far the learner's log-probabilities are from the engine's, on the same tokens."""
+        difference = (logprobs - padded.rollout_logprobs_N_T).abs() * padded.mask_N_T
+        self._sums[_SUMS.index("tokens")] += padded.mask_N_T.sum()
+        self._sums[_SUMS.index("rollout_diff")] += difference.sum()
+        # KL(rollout || learner): the tokens were sampled by the rollout engine.
+        self._sums[_SUMS.index("rollout_kl")] += k3_divergence(padded.rollout_logprobs_N_T, logprobs, padded.mask_N_T)
+        self._worst = torch.maximum(self._worst, difference.max().double())
+
+    def _padded(self, sequences: Sequence[TrainSequence], ranks: int, rank: int) -> list[PaddedBatch]:
+        lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+        shares = micro_batches(lengths, ranks, self._config.batch.tokens_per_micro_batch)
+        return [pad([sequences[i] for i in indices], self._device) for indices in shares[rank]]
+
+    def _clip_groups(self) -> dict[str, float]:
+        """Clip each optimizer group's gradient by its own norm, over all ranks. Returns the norms before clipping.
+
+        DeepSpeed clips by the norm over all groups together, with which one group's gradient would set the other's step
+        size. The averaged gradient shards are there between `backward` and `step`, in one list a ZeRO-1/2 group or
+        ZeRO-3 sub-group.
+        """
+        owner = getattr(self._optimizer, "sub_group_to_group_id", None)
+        shards: list[list[Tensor]] = [[] for _ in self._group_names]
+        for index, tensors in self._optimizer.averaged_gradients.items():
+            shards[index if owner is None else owner[index]] += [t for t in tensors if t is not None]
+        squares = torch.stack([sum((t.float().square().sum() for t in s), self._zero()) for s in shards])
+        deepspeed.comm.all_reduce(squares)
+        norms = squares.sqrt().tolist()
+        for tensors, norm, limit in zip(shards, norms, self._max_norm, strict=True):
+            if norm > limit:
+                for tensor in tensors:
+                    tensor.mul_(limit / norm)
+        return dict(zip(self._group_names, norms, strict=True))
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), device=self._device)
+
+    def _gathered(self) -> Any:
+        """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
+        if self._config.learner.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
+
+    def _digests(self) -> Mapping[str, str]:
+        partitioned = hasattr(self, "_engine") and self._config.learner.zero_stage == 3
+        with self._gathered() if partitioned else nullcontext():
+            parameters = dict(self._adapted.full)
+            for name, pair in self._adapted.lora.items():
+                parameters |= {f"{name}.A": pair.a, f"{name}.B": pair.b}
+            return {name: digest(p.to(self._dtype)) for name, p in parameters.items()}
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            "bf16": {"enabled": self._dtype == torch.bfloat16},
+            "zero_optimization": {
+                "stage": self._config.learner.zero_stage,
+                "contiguous_gradients": True,
+                "overlap_comm": False,
+                "round_robin_gradients": False,
+                "stage3_param_persistence_threshold": 0,
+            },
+        }
+
+
+_TAG = "state"
+_SUMS = ("loss", "clipped", "tokens", "rollout_kl", "rollout_diff")
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Whole shape, also where ZeRO-3 holds a partition of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

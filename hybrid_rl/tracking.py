@@ -1,0 +1,180 @@
+"""What a run leaves behind: its directory, its metrics, its rollouts, and wandb."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.types import ScoredGroup
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.json"
+        self.plan_image = path / "plan.png"
+        self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.curve = path / "curve.png"
+
+    @staticmethod
+    def create(config: Config, config_name: str) -> RunDirectory:
+        """Make the directory: exactly `run.dir`, else `runs/<run.name or config name>-<time>`. Raises `ConfigError` if
+        it holds a run already or cannot be written."""
+        default = Path("runs") / f"{config.run.name or config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunDirectory(Path(config.run.dir) if config.run.dir else default)
+        if run.metrics.exists():
+            raise ConfigError(
+                f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume"
+            )
+        try:
+            run.rollouts.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir={str(run.path)!r} cannot be written: {error}") from None
+        return run
+
+    @staticmethod
+    def open(config: Config) -> RunDirectory:
+        """The directory `run.dir` of a run to resume. Raises `ConfigError` if there is none, or its settings differ."""
+        if config.run.dir is None:
+            raise ConfigError("--resume needs run.dir=DIRECTORY, the run to continue")
+        run = RunDirectory(Path(config.run.dir))
+        if not (run.config.is_file() and run.plan.is_file() and run.summary.is_file()):
+            raise ConfigError(f"run.dir={config.run.dir!r} holds no run that can be resumed")
+        now, then = yaml.safe_load(dump_config(config)), yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        changed = [k for k in now if now[k] != then.get(k) and k not in _MAY_CHANGE]
+        if changed:
+            details = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in changed)
+            raise ConfigError(f"run.dir={config.run.dir!r} was started with other settings: {details}")
+        return run
+
+    def read_summary(self) -> dict[str, Any]:
+        return json.loads(self.summary.read_text(encoding="utf-8"))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+    def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
+        """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version."""
+        lines = []
+        for group, row in zip(groups, advantages, strict=True):
+            for i, completion in enumerate(group.completions):
+                record = {
+                    "prompt_id": group.prompt.id,
+                    "prompt": group.prompt.text,
+                    "completion": completion.text,
+                    "reward": group.rewards_G[i],
+                    "rewards": {plugin: scores[i] for plugin, scores in group.parts.items()},
+                    "advantage": row[i],
+                    "tokens": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "weight_version": completion.weight_version,
+                    "answer": group.prompt.columns.get("answer"),
+                }
+                lines.append(json.dumps(record, default=str))
+        (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_MAY_CHANGE = ("cluster", "tracking", "checkpoint", "reward")
+"""Sections whose settings a resumed run may change: they decide nothing about what is trained."""
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`; a last line that a killed process left half-written is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsLog:
+    """Appends one object a step to `metrics.jsonl` and to wandb."""
+
+    def __init__(self, run: RunDirectory, config: Config, *, resume_from: int = 0) -> None:
+        """`resume_from`: rows of later steps are dropped, since they are about to be done again."""
+        kept = [row for row in read_metrics(run.metrics) if row["step"] <= resume_from] if run.metrics.exists() else []
+        aside = run.metrics.with_suffix(".writing")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        aside.rename(run.metrics)
+        self._file = run.metrics.open("a", encoding="utf-8")
+        self._wandb: Any = None
+        if config.tracking.wandb != "disabled":
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            self._wandb = wandb.init(
+                project=config.tracking.project,
+                name=run.path.name,
+                dir=str(run.path),
+                mode=config.tracking.wandb,
+                config=config.model_dump(mode="json"),
+            )
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+@dataclasses.dataclass
+class StepClock:
+    """Seconds of one step by part; what no part claims is `other`, so the parts sum to the whole."""
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    parts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0))
+
+    def time(self, part: str) -> _Section:
+        return _Section(self, part)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        for part, value in seconds.items():
+            self.parts[part] += value
+
+    def row(self) -> dict[str, float]:
+        """`time/step` and its parts."""
+        total = time.perf_counter() - self.started
+        parts = {**self.parts, "other": total - sum(self.parts.values())}
+        return {"time/step": total, **{f"time/{part}": seconds for part, seconds in parts.items()}}
+
+
+STEP_PARTS = ("generate", "reward", "logprob", "train", "sync", "eval", "checkpoint")
+
+
+class _Section:
+    def __init__(self, clock: StepClock, part: str) -> None:
+        self._clock, self._part = clock, part
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.parts[self._part] += time.perf_counter() - self._started

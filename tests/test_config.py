@@ -1,0 +1,121 @@
+"""Settings: what is accepted, what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybrid_rl.config import Config, ConfigError, load_config, parse_config, setting_names
+
+MINIMAL = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def parse(**changes: object) -> Config:
+    return parse_config({**MINIMAL, **changes})
+
+
+def test_defaults_are_resolved():
+    config = parse(full={"lr": 2e-6}, lora={"rank": 8})
+    assert config.lora_lr == pytest.approx(2e-5)
+    assert config.lora_alpha == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"bacth": {"prompts": 1}}, ["unknown setting bacth", "batch"]),
+        ({"lora": {"ranc": 4}}, ["unknown setting lora.ranc", "lora.rank"]),
+        ({"zero_stage": 3}, ["unknown setting zero_stage", "learner.zero_stage"]),
+        ({"steps": "many"}, ["steps='many'", "integer"]),
+        ({"learner": {"zero_stage": 4}}, ["learner.zero_stage=4", "1, 2 or 3"]),
+        (
+            {"batch": {"prompts": 3, "num_generations": 3}},
+            ["batch.prompts", "batch.num_generations", "learner.world_size"],
+        ),
+        ({"cluster": {"backend": "inline"}}, ["cluster.backend=inline", "learner.world_size=2"]),
+        ({"adaptation": "lora", "plan": {"path": "p.json"}}, ["adaptation=lora", "plan.path"]),
+        ({"data": {"train": "a", "eval": "b", "template": "no slot"}}, ["data.template", "{prompt}"]),
+        (
+            {"batch": {"tokens_per_micro_batch": 100}},
+            ["batch.tokens_per_micro_batch=100", "sampling.max_completion_length"],
+        ),
+        ({"rewards": []}, ["rewards", "at least 1"]),
+        ({"batch": {"num_generations": 1}}, ["batch.num_generations=1", "greater than or equal to 2"]),
+    ],
+)
+def test_bad_settings_name_the_setting_the_value_and_the_fix(changes: dict, parts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        parse(**changes)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_every_problem_is_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse(steps=0, seeed=1, lora={"rank": -1})
+    assert all(part in str(caught.value) for part in ("steps=0", "seeed", "lora.rank=-1"))
+
+
+def test_overrides_replace_the_file(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {train: a.jsonl, eval: b.jsonl}\nfull: {lr: 1e-5}\n")
+    config = load_config(
+        path, ["full.lr=2e-4", "batch.prompts=64", 'sampling.stop=["\\n"]', "rollout.engine=transformers"]
+    )
+    assert (config.full.lr, config.batch.prompts, config.rollout.engine) == (2e-4, 64, "transformers")
+    assert config.sampling.stop == ["\n"]
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "model.path.x=1", "steps.x=2"])
+def test_bad_overrides_are_refused(tmp_path: Path, override: str):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\nsteps: 3\ndata: {train: a.jsonl, eval: b.jsonl}\n")
+    with pytest.raises(ConfigError):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "{", "a: !!python/object:os.system {}", "\x00", "just text", ""])
+def test_files_that_are_no_settings_are_refused(tmp_path: Path, text: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(setting_names()) | st.text(max_size=6), inner, max_size=4)
+        ),
+        max_leaves=8,
+    )
+)
+def test_no_tree_of_settings_gives_anything_but_a_config_or_a_clear_error(tree: object):
+    settings = {**MINIMAL, **(tree if isinstance(tree, dict) else {"steps": tree})}
+    with contextlib.suppress(ConfigError):  # anything else fails the test
+        parse_config(settings)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_are_valid_and_short(path: Path):
+    load_config(path)
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def test_reading_a_configuration_imports_no_torch():
+    code = "import sys, hybrid_rl.config, hybrid_rl.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,235 @@
+"""Whole runs on real parts: Ray actors, vLLM (CPU build) or transformers, DeepSpeed on gloo, PEFT, math-verify."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybrid_rl.cluster.ray import RayCluster
+from hybrid_rl.config import ConfigError, parse_config
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.rollout import RolloutPool
+from hybrid_rl.tracking import read_metrics
+from hybrid_rl.types import Completion
+from hybrid_rl.weight_sync import SyncMismatch
+from trainers import setup
+from trainers.grpo import train
+
+METRICS = {
+    *("step", "reward/mean", "reward/zero_variance_groups", "policy/clip_fraction", "policy/rollout_kl"),
+    *("grad_norm/full", "grad_norm/lora", "lr/full", "lr/lora", "tokens/generated", "tokens/trained"),
+    *("sync/bytes", "sync/full_model_bytes", "sync/verified_engines", "sync/version", "time/step", "time/generate"),
+    *("time/reward", "time/logprob", "time/train", "time/sync", "time/eval", "time/checkpoint", "time/other"),
+}
+
+PLUGIN = '''
+def shortness(completions, **columns):
+    """Never the same for a whole group, so that every step trains."""
+    return [1.0 / (1 + len(set(c))) + (hash(c) % 7) * 0.01 for c in completions]
+'''
+
+
+@pytest.fixture
+def learnable(tiny_tree: dict, tmp_path: Path) -> dict:
+    """The tiny run with a reward that a random policy gets something out of."""
+    path = tmp_path / "shortness.py"
+    path.write_text(PLUGIN.replace("hash(c)", "sum(map(ord, c))"))
+    tiny_tree["rewards"] = [{"plugin": f"{path}:shortness"}]
+    tiny_tree["full"] = {"lr": 1e-3}
+    return tiny_tree
+
+
+@pytest.fixture(autouse=True)
+def _clean_process() -> Iterator[None]:
+    """Inline workers leave torch's process group behind on failure."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def check_rows(rows: list[dict[str, Any]], steps: int) -> None:
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert not METRICS - row.keys()
+        parts = [v for k, v in row.items() if k.startswith("time/") and k != "time/step"]
+        assert sum(parts) == pytest.approx(row["time/step"], abs=1e-6)
+        assert row["sync/version"] == row["step"]
+
+
+def test_a_run_survives_kill_9_of_its_engine_and_stays_in_step_with_it(
+    learnable: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """Two learner ranks, one vLLM engine, everything through Ray; the engine is killed while it generates."""
+    killed: list[int] = []
+    generate = RolloutPool.generate
+
+    def kill_while_generating(pool: RolloutPool, prompts: Any, sampling: Any) -> list[list[Completion]]:
+        if prompts[0].id.startswith("0/") and sampling.n > 1 and pool._update is not None and not killed:
+            pid = pool._engines[0].submit("info").result()["pid"]
+            killed.append(pid)
+            assert pid != os.getpid()
+            timer = threading.Timer(0.02, os.kill, (pid, signal.SIGKILL))
+            timer.start()
+            groups = generate(pool, prompts, sampling)
+            timer.join()
+            return groups
+        return generate(pool, prompts, sampling)
+
+    monkeypatch.setattr(RolloutPool, "generate", kill_while_generating)
+    learnable |= {"steps": 3, "batch": {"prompts": 8, "num_generations": 4}}
+    run = train(parse_config(learnable), name="tiny")
+
+    rows = read_metrics(run.metrics)
+    check_rows(rows, 3)
+    assert killed
+    # The engine may die just after it answered; then the next call to it finds out.
+    assert sum(row["faults/engine_restarts"] for row in rows) == 1
+    for row in rows:
+        assert row["policy/rollout_logprob_diff_max"] < 1e-4, "learner and engine disagree right after a sync"
+        assert row["sync/verified_engines"] == 1
+        assert 0 < row["sync/bytes"] < row["sync/full_model_bytes"]
+        assert row["grad_norm/full"] > 0
+        assert row["grad_norm/lora"] > 0
+        assert row["lr/lora"] == pytest.approx(10 * row["lr/full"])
+        lines = (run.rollouts / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
+        assert len(lines) == 32, "no prompt was lost"
+        assert {json.loads(line)["weight_version"] for line in lines} == {row["step"] - 1}
+
+    plan = AdaptationPlan.load(run.plan)
+    assert plan.totals["full_params"] <= 0.1 * plan.totals["candidate_params"]
+    assert plan.method["score"] == "adam_tail_split"
+    summary = run.read_summary()
+    assert set(summary) >= {"eval_before", "eval_after", "steps", "wall_seconds", "plan_hash"}
+    assert summary["plan_hash"] == plan.hash
+    for path in (run.config, run.curve, run.plan_image):
+        assert path.stat().st_size > 0
+    weights = load_file(run.checkpoints / "step_000003" / "weights.safetensors")
+    assert {f"{m.name}.weight" for m in plan.named("full")} == {n for n in weights if ".lora_" not in n}
+
+
+def inline(tree: dict, directory: Path, **changes: Any) -> dict:
+    small = {"cluster": {"backend": "inline"}, "learner": {"world_size": 1}, "rollout": {"engine": "transformers"}}
+    return {**tree, **small, "run": {"dir": str(directory)}, **changes}
+
+
+def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path):
+    """A resumed run must equal one that was never interrupted, in every metric and every weight."""
+    checkpoint = {"every": 2, "keep_last": 5}
+    whole = train(parse_config(inline(learnable, tmp_path / "whole", steps=4, checkpoint=checkpoint)), name="whole")
+
+    tree = inline(learnable, tmp_path / "parts", steps=4, checkpoint=checkpoint)
+    interrupted = _Interrupt(at=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.grpo.assemble", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(tree), name="parts")
+    torch.distributed.destroy_process_group()
+    parts = train(parse_config(tree), name="parts", resume=True)
+
+    rows, expected = read_metrics(parts.metrics), read_metrics(whole.metrics)
+    check_rows(rows, 4)
+    timeless = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    assert timeless == [{k: v for k, v in row.items() if not k.startswith("time/")} for row in expected]
+    weights, reference = (load_file(run.checkpoints / "step_000004/weights.safetensors") for run in (parts, whole))
+    assert all(torch.equal(weights[name], reference[name]) for name in reference)
+
+    with pytest.raises(ConfigError, match="started with other settings: seed: 0 -> 1"):
+        train(parse_config({**tree, "seed": 1}), name="parts", resume=True)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(parse_config(tree), name="parts")
+
+
+class _Interrupt:
+    """Stands in for `assemble`; the `at`-th step of training is interrupted."""
+
+    def __init__(self, at: int) -> None:
+        from hybrid_rl.learner.assemble import assemble
+
+        self._assemble, self._left = assemble, at
+
+    def __call__(self, groups: Any) -> Any:
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        return self._assemble(groups)
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_lora_alone_and_full_alone(learnable: dict, tmp_path: Path, adaptation: str):
+    run = train(parse_config(inline(learnable, tmp_path / adaptation, adaptation=adaptation)), name=adaptation)
+    rows = read_metrics(run.metrics)
+    check_rows(rows, 2)
+    other = {"lora": "full", "full": "lora"}[adaptation]
+    assert all(row[f"grad_norm/{adaptation}"] > 0 and row[f"grad_norm/{other}"] == 0 for row in rows)
+
+
+def test_a_hand_edited_plan_is_what_is_trained(learnable: dict, tmp_path: Path):
+    first = train(parse_config(inline(learnable, tmp_path / "first", steps=1)), name="first")
+    tree = json.loads(first.plan.read_text())
+    for i, module in enumerate(tree["modules"]):
+        full = i == 3
+        module |= {"treatment": "full", "rank": None, "alpha": None} if full else {"treatment": "frozen", "rank": None}
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(tree))
+    torch.distributed.destroy_process_group()
+    run = train(parse_config(inline(learnable, tmp_path / "second", plan={"path": str(edited)})), name="second")
+    assert set(load_file(run.checkpoints / "step_000002/weights.safetensors")) == {
+        tree["modules"][3]["name"] + ".weight"
+    }
+
+
+def test_an_engine_that_holds_other_weights_stops_the_run(
+    learnable: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from hybrid_rl.rollout import transformers_engine
+
+    decode = transformers_engine.decode_update
+
+    def lose_a_bit(update: Any) -> Any:
+        full, lora = decode(update)
+        if update.version == 1:
+            next(iter(lora.values())).view(torch.int32)[0, 0] ^= 1
+        return full, lora
+
+    monkeypatch.setattr(transformers_engine, "decode_update", lose_a_bit)
+    with pytest.raises(SyncMismatch, match=r"engine-0 holds other bytes for base_model\.model\.model\.layers\."):
+        train(parse_config(inline(learnable, tmp_path / "run")), name="run")
+
+
+@pytest.mark.slow
+def test_gsm8k_recipe_survives_rewards_of_zero(tiny_model: Path, tmp_path: Path):
+    """The shipped recipe, three steps with the tiny model, which never answers right."""
+    from hybrid_rl.config import load_config
+
+    lines = [{"question": f"What is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(40)]
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    overrides = [
+        *(f"model.path={tiny_model}", "model.dtype=float32", f"data.train={data}", f"data.eval={data}"),
+        *("data.chat=false", "steps=3", "sampling.max_completion_length=16", "batch.prompts=4", "plan.prompts=4"),
+        *(f"run.dir={tmp_path / 'run'}", "tracking.wandb=disabled", "eval.k=0"),
+    ]
+    config = load_config(Path(setup.__file__).parent.parent / "configs" / "gsm8k.yaml", overrides)
+    run = train(config, name="gsm8k")
+    rows = read_metrics(run.metrics)
+    check_rows(rows, 3)
+    assert all(row["reward/zero_variance_groups"] == 4 and row["tokens/trained"] == 0 for row in rows)
+
+
+def test_a_local_cluster_listens_on_loopback_only(tiny_config):
+    import ray
+
+    cluster = RayCluster(tiny_config)
+    try:
+        assert ray.util.get_node_ip_address() == "127.0.0.1"
+    finally:
+        cluster.close()

@@ -1,0 +1,146 @@
+"""GRPO with an adaptation plan: prompts -> completions -> rewards -> advantages -> learner -> weight sync."""
+
+from __future__ import annotations
+
+import time
+
+from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state, save_checkpoint
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.data import PromptSource
+from hybrid_rl.evaluate import evaluate
+from hybrid_rl.learner.assemble import assemble, lr_scale, mini_batches, reward_metrics
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.report import RunScreen, draw_curve, draw_plan
+from hybrid_rl.rollout import sampling_from
+from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
+from hybrid_rl.types import StepStats
+from trainers.setup import Task, Workplace, check_task, make_plan, open_workplace
+
+
+def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
+    """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can."""
+    task = check_task(config)
+    run = RunDirectory.open(config) if resume else RunDirectory.create(config, name)
+    with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
+        started = time.perf_counter()
+        plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace)
+        if not resume:
+            plan.save(run.plan)
+            draw_plan(plan, run.plan_image)
+        screen.show_plan(plan)
+        workplace.learner.build(plan)
+        done = _restore(run, plan, config, workplace) if resume else TrainerState(0, 0, plan.hash, 0, 0)
+        workplace.sync(done.step)
+        if resume:
+            before = run.read_summary()["eval_before"]
+        else:
+            before = evaluate(workplace.pool, workplace.rewards, task.eval, config)
+            run.write_summary({"eval_before": before, "plan_hash": plan.hash})
+        log = MetricsLog(run, config, resume_from=done.step)
+        try:
+            after = _loop(config, task, workplace, plan, run, log, screen, done, before)
+        finally:
+            log.close()
+        run.write_summary(
+            {
+                "eval_before": before,
+                "eval_after": after,
+                "steps": config.steps,
+                "wall_seconds": time.perf_counter() - started,
+                "plan_hash": plan.hash,
+            }
+        )
+        draw_curve(run, plan, before)
+        screen.show_result(run, before, after)
+    return run
+
+
+def _loop(
+    config: Config,
+    task: Task,
+    workplace: Workplace,
+    plan: AdaptationPlan,
+    run: RunDirectory,
+    log: MetricsLog,
+    screen: RunScreen,
+    done: TrainerState,
+    before: dict[str, float],
+) -> dict[str, float]:
+    """Train from the step after `done` to the last. Returns the last evaluation."""
+    pool, learner, rewards = workplace.pool, workplace.learner, workplace.rewards
+    prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
+    sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature)
+    last_eval, restarts = before, 0
+    for step in range(done.step + 1, config.steps + 1):
+        clock = StepClock()
+        scale = lr_scale(step, config.steps, config.learner)
+
+        batch = prompts.take(config.batch.prompts)
+        with clock.time("generate"):
+            groups = pool.generate(batch, sampling)
+        with clock.time("reward"):
+            scored = rewards.score(batch, groups)
+        data = assemble(scored.groups)
+        stats = StepStats(dict(_NO_UPDATE), {})
+        if data.sequences:
+            stats = learner.train(
+                workplace.cluster.share(mini_batches(data.sequences, config.batch.mini_batches, scale))
+            )
+        clock.add(stats.seconds)
+        with clock.time("sync"):
+            update, verified = workplace.sync(step)
+
+        row = {"step": step, **reward_metrics(scored.groups, data), **stats.metrics}
+        row |= {"lr/full": config.full.lr * scale, "lr/lora": config.lora_lr * scale}
+        row |= {"sync/bytes": len(update.tensors), "sync/full_model_bytes": task.model_bytes}
+        row |= {"sync/verified_engines": verified, "sync/version": update.version}
+        row |= {f"faults/reward_{kind}": count for kind, count in scored.faults.items()}
+        row |= {"faults/engine_restarts": pool.restarts - restarts}
+        restarts = pool.restarts
+        run.write_rollouts(step, scored.groups, data.advantages)
+        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+            with clock.time("eval"):
+                last_eval = evaluate(pool, rewards, task.eval, config)
+            row |= last_eval
+        if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            with clock.time("checkpoint"):
+                state = TrainerState(
+                    step, prompts.position, plan.hash, config.learner.zero_stage, config.learner.world_size
+                )
+                save_checkpoint(run.checkpoints, state, update, learner.save, keep_last=config.checkpoint.keep_last)
+        row |= clock.row()
+        log.write(row)
+        screen.show_step(row)
+    return last_eval
+
+
+def _restore(run: RunDirectory, plan: AdaptationPlan, config: Config, workplace: Workplace) -> TrainerState:
+    saved = checkpoints(run.checkpoints)
+    if not saved:
+        raise ConfigError(f"{run.path} has no finished checkpoint to resume from; start the run anew")
+    state = load_state(saved[-1])
+    if state.plan_hash != plan.hash:
+        raise ConfigError(f"{run.plan} was changed since {saved[-1].name} was saved; restore it or start a new run")
+    if (state.zero_stage, state.world_size) != (config.learner.zero_stage, config.learner.world_size):
+        raise ConfigError(
+            f"{saved[-1].name} was saved with learner.zero_stage={state.zero_stage}, learner.world_size="
+            f"{state.world_size}; resume with the same"
+        )
+    workplace.learner.load(str(saved[-1] / LEARNER))
+    return state
+
+
+_NO_UPDATE = {
+    name: 0.0
+    for name in (
+        "policy/loss",
+        "policy/clip_fraction",
+        "policy/rollout_kl",
+        "policy/rollout_logprob_diff",
+        "policy/rollout_logprob_diff_max",
+        "grad_norm/full",
+        "grad_norm/lora",
+        "tokens/trained",
+    )
+}
+"""Metrics of a step on which no group had a signal: nothing was trained."""
