@@ -143,7 +143,9 @@ def _kind(name: str) -> str:
 
 
 def _kinds(plan: AdaptationPlan) -> list[str]:
-    return list(dict.fromkeys(_kind(m.name) for m in sorted(plan.modules, key=lambda m: (m.layer, m.component))))
+    return list(
+        dict.fromkeys(_kind(m.name) for m in sorted(plan.modules, key=lambda m: (m.layer, m.component, m.name)))
+    )
 
 
 def _layers(plan: AdaptationPlan) -> int:

@@ -26,10 +26,10 @@ _CONNECT_TIMEOUT = 10.0
 
 
 class RayCluster:
-    """Starts Ray on this machine's loopback interface, or joins `cluster.address`."""
+    """Starts Ray on this machine, or joins `cluster.address`."""
 
     def __init__(self, config: Config) -> None:
-        where: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        where: dict[str, Any] = {"include_dashboard": False}
         if config.cluster.address is not None:
             where = {"address": config.cluster.address}
             _check_reachable(config.cluster.address)
@@ -41,6 +41,8 @@ class RayCluster:
             ) from None
         self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self._environment = worker_environment(config, gpus=self.has_gpus)
+        if config.cluster.address is None:
+            self._environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
         self._workers: list[Resources] = []
         self._group: PlacementGroup | None = None
 

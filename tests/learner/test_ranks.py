@@ -16,6 +16,7 @@ from hybrid_rl.components import candidate_matrices
 from hybrid_rl.config import parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.plan import AdaptationPlan, build_plan
+from hybrid_rl.scoring import GradientMoments, score_gradients
 from hybrid_rl.types import TrainSequence
 from hybrid_rl.weight_sync import decode_update, full_name, lora_names
 
@@ -59,16 +60,19 @@ def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
     torch.set_num_threads(1)
     worker = LearnerWorker(parse_config(tree), rank)
     worker.connect("127.0.0.1", port)
+    before = {name: p.clone() for name, p in worker._model.named_parameters()}
+    scores = worker.score([_sequences(100), _sequences(101)])
+    assert all(torch.equal(p, before[name]) for name, p in worker._model.named_parameters()), "scoring moved a weight"
     worker.build(plan)
     mini = tree["batch"]["mini_batches"]
     stats = [worker.train(mini_batches(_sequences(step), mini, 1.0)) for step in range(STEPS)]
     update = worker.export(STEPS)
     if rank == 0:
-        queue.put(([s.metrics for s in stats], update.tensors, update.digests))
+        queue.put(([s.metrics for s in stats], update.tensors, update.digests, scores))
 
 
-def run_ranks(tree: dict, plan: AdaptationPlan) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Train 5 steps on real ranks. Returns each step's metrics and the trained tensors."""
+def run_ranks(tree: dict, plan: AdaptationPlan) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, float]]:
+    """Score, then train 5 steps, on real ranks. Returns each step's metrics, the trained tensors and the scores."""
     from hybrid_rl.types import WeightUpdate
 
     context = multiprocessing.get_context("spawn")
@@ -78,14 +82,14 @@ def run_ranks(tree: dict, plan: AdaptationPlan) -> tuple[list[dict[str, float]],
     for process in ranks:
         process.start()
     try:
-        metrics, tensors, digests = queue.get(timeout=300)
+        metrics, tensors, digests, scores = queue.get(timeout=300)
         for process in ranks:
             process.join(60)
     finally:
         for process in ranks:
             process.kill()
     full, lora = decode_update(WeightUpdate(STEPS, tensors, digests, 4))
-    return metrics, {**full, **lora}
+    return metrics, {**full, **lora}, scores
 
 
 def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -148,9 +152,27 @@ def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float]
 def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world: int, mini: int):
     plan = _plan(tiny_model)
     losses, expected = reference(tiny_model, plan, mini)
-    metrics, trained = run_ranks(_tree(tiny_model, stage, world, mini), plan)
+    metrics, trained, scores = run_ranks(_tree(tiny_model, stage, world, mini), plan)
     assert [m["policy/loss"] for m in metrics] == pytest.approx(losses, abs=1e-5)
     assert trained.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     assert all(m["grad_norm/full"] > MAX_NORM and m["grad_norm/lora"] > MAX_NORM for m in metrics[1:])
+    assert scores == pytest.approx(_reference_scores(tiny_model), rel=1e-3, abs=1e-12)
+
+
+def _reference_scores(model: Path) -> dict[str, float]:
+    """Scores from one sequence at a time, in plain torch."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    candidates = candidate_matrices(network)
+    moments = GradientMoments({c.name: c.shape for c in candidates}, torch.device("cpu"))
+    for half, sequences in enumerate([_sequences(100), _sequences(101)]):
+        for chunk in (sequences[i::8] for i in range(8)):
+            network.zero_grad()
+            for s in chunk:
+                ids = torch.tensor([s.prompt_ids + s.completion_ids])
+                logits = network(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
+                chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(s.completion_ids)[:, None])
+                (-s.advantage * chosen.mean() / len(chunk)).backward()
+            moments.add(half, {c.name: network.get_submodule(c.name).weight.grad for c in candidates})
+    return score_gradients(moments, "adam_tail_split", 2)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybrid_rl.cluster.ray import RayCluster
 from hybrid_rl.config import ConfigError, parse_config
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.rollout import RolloutPool
@@ -46,14 +44,6 @@ def learnable(tiny_tree: dict, tmp_path: Path) -> dict:
     tiny_tree["rewards"] = [{"plugin": f"{path}:shortness"}]
     tiny_tree["full"] = {"lr": 1e-3}
     return tiny_tree
-
-
-@pytest.fixture(autouse=True)
-def _clean_process() -> Iterator[None]:
-    """Inline workers leave torch's process group behind on failure."""
-    yield
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def check_rows(rows: list[dict[str, Any]], steps: int) -> None:
@@ -132,7 +122,6 @@ def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path):
         patch.setattr("trainers.grpo.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(parse_config(tree), name="parts")
-    torch.distributed.destroy_process_group()
     parts = train(parse_config(tree), name="parts", resume=True)
 
     rows, expected = read_metrics(parts.metrics), read_metrics(whole.metrics)
@@ -180,7 +169,6 @@ def test_a_hand_edited_plan_is_what_is_trained(learnable: dict, tmp_path: Path):
         module |= {"treatment": "full", "rank": None, "alpha": None} if full else {"treatment": "frozen", "rank": None}
     edited = tmp_path / "edited.json"
     edited.write_text(json.dumps(tree))
-    torch.distributed.destroy_process_group()
     run = train(parse_config(inline(learnable, tmp_path / "second", plan={"path": str(edited)})), name="second")
     assert set(load_file(run.checkpoints / "step_000002/weights.safetensors")) == {
         tree["modules"][3]["name"] + ".weight"
@@ -223,13 +211,3 @@ def test_gsm8k_recipe_survives_rewards_of_zero(tiny_model: Path, tmp_path: Path)
     rows = read_metrics(run.metrics)
     check_rows(rows, 3)
     assert all(row["reward/zero_variance_groups"] == 4 and row["tokens/trained"] == 0 for row in rows)
-
-
-def test_a_local_cluster_listens_on_loopback_only(tiny_config):
-    import ray
-
-    cluster = RayCluster(tiny_config)
-    try:
-        assert ray.util.get_node_ip_address() == "127.0.0.1"
-    finally:
-        cluster.close()

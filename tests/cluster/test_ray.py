@@ -1,0 +1,84 @@
+"""Ray as the cluster: where it listens, how a death looks, what it refuses."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from hybrid_rl.cluster import open_cluster
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.types import Resources, WorkerDied
+
+LISTENERS = """
+    import sys, psutil
+    from hybrid_rl.cluster import Resources, open_cluster
+    from hybrid_rl.config import load_config
+    from tests.cluster.test_ray import Echo
+
+    cluster = open_cluster(load_config(sys.argv[1]))
+    cluster.reserve([Resources(0.5, 0)])
+    worker = cluster.start(0, Echo, name="echo")
+    assert cluster.endpoint(worker)[0] == "127.0.0.1"
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        for connection in process.net_connections("tcp"):
+            if connection.status == "LISTEN":
+                print("LISTENS", connection.laddr.ip, process.name())
+    cluster.close()
+"""
+
+
+class Echo:
+    def echo(self, value: object) -> object:
+        return value
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def fail(self) -> None:
+        raise KeyError("the worker's own error")
+
+
+def test_a_local_cluster_listens_on_loopback_only(tiny_tree: dict, write_config):
+    """In a process of its own, since Ray decides when it is imported."""
+    command = [sys.executable, "-c", textwrap.dedent(LISTENERS), str(write_config(tiny_tree))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    addresses = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("LISTENS")}
+    assert addresses
+    assert all(ipaddress.ip_address(a.removeprefix("::ffff:")).is_loopback for a in addresses), done.stdout
+
+
+def test_workers_answer_fail_and_die_as_their_handles_say(tiny_config: Config):
+    cluster = open_cluster(tiny_config)
+    try:
+        with pytest.raises(ConfigError, match="needs 1000 CPUs"):
+            cluster.reserve([Resources(1000, 0)])
+        cluster.reserve([Resources(0.5, 0), Resources(0.5, 0)])
+        worker = cluster.start(0, Echo, name="echo")
+        assert worker.submit("echo", cluster.share(b"shared")).result() == b"shared"
+        with pytest.raises(KeyError, match="the worker's own error"):
+            worker.submit("fail").result()
+        with pytest.raises(WorkerDied, match=r"echo did not answer within 0\.2 s"):
+            worker.submit("sleep", 30).result(timeout=0.2)
+        other = cluster.start(1, Echo, name="other")
+        pid = other.submit("pid").result()
+        pending = other.submit("sleep", 30)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="other"):
+            pending.result()
+        other.kill()
+        replacement = cluster.start(1, Echo, name="other")
+        assert replacement.submit("pid").result() != pid, "a dead worker's place can be taken again"
+    finally:
+        cluster.close()
