@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +54,11 @@ class LearnerWorker:
         )
         # DeepSpeed would compile this CPU collective on first use, for over a minute; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if not torch.distributed.is_initialized():  # it is where vLLM shares this process
+            store = _rendezvous(address, port, self._rank, self._world_size)
+            torch.distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._world_size)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = getattr(torch, self._config.model.dtype)
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
@@ -296,6 +302,19 @@ class LearnerWorker:
 
 _TAG = "state"
 _SUMS = ("loss", "clipped", "tokens", "rollout_kl", "rollout_diff")
+
+
+def _rendezvous(address: str, port: int, rank: int, world_size: int) -> torch.distributed.TCPStore:
+    """The store where ranks meet. Rank 0 serves it on `address` alone; torch by itself listens on every interface."""
+    serves = rank == 0
+    listener = socket.create_server((address, port)) if serves else None
+    return torch.distributed.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=serves,
+        master_listen_fd=listener.detach() if listener else None,  # the store closes it
+    )
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

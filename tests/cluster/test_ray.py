@@ -20,12 +20,14 @@ LISTENERS = """
     import sys, psutil
     from hybrid_rl.cluster import Resources, open_cluster
     from hybrid_rl.config import load_config
-    from tests.cluster.test_ray import Echo
+    from hybrid_rl.learner import LearnerGroup
+    from hybrid_rl.learner.worker import LearnerWorker
 
-    cluster = open_cluster(load_config(sys.argv[1]))
-    cluster.reserve([Resources(0.5, 0)])
-    worker = cluster.start(0, Echo, name="echo")
-    assert cluster.endpoint(worker)[0] == "127.0.0.1"
+    config = load_config(sys.argv[1])
+    cluster = open_cluster(config)
+    cluster.reserve([Resources(0.5, 0)] * 2)
+    workers = [cluster.start(rank, LearnerWorker, config, rank, name=f"learner-{rank}") for rank in range(2)]
+    LearnerGroup(workers).connect(*cluster.endpoint(workers[0]))
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         for connection in process.net_connections("tcp"):
@@ -55,6 +57,7 @@ def test_a_local_cluster_listens_on_loopback_only(tiny_tree: dict, write_config)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     addresses = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("LISTENS")}
+    assert len(done.stdout.splitlines()) > 5, "Ray's own services and the learner's"
     assert addresses
     assert all(ipaddress.ip_address(a.removeprefix("::ffff:")).is_loopback for a in addresses), done.stdout
 
