@@ -18,8 +18,8 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
-import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan
@@ -304,11 +304,11 @@ _TAG = "state"
 _SUMS = ("loss", "clipped", "tokens", "rollout_kl", "rollout_diff")
 
 
-def _rendezvous(address: str, port: int, rank: int, world_size: int) -> torch.distributed.TCPStore:
+def _rendezvous(address: str, port: int, rank: int, world_size: int) -> TCPStore:
     """The store where ranks meet. Rank 0 serves it on `address` alone; torch by itself listens on every interface."""
     serves = rank == 0
     listener = socket.create_server((address, port)) if serves else None
-    return torch.distributed.TCPStore(
+    return TCPStore(
         address,
         port,
         world_size,
