@@ -184,7 +184,7 @@ def train_trl(config: Config, out: Path) -> None:
         epsilon=config.algo.clip_low,
         epsilon_high=config.algo.clip_high,
         learning_rate=config.lora_lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.learner.schedule, config.learner.schedule),
         warmup_steps=config.learner.warmup_steps,
         adam_beta1=config.learner.adam_betas[0],
         adam_beta2=config.learner.adam_betas[1],

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hybrid_rl.files import sync_path, sync_tree
 from hybrid_rl.types import WeightUpdate
 
 LEARNER = "learner"
@@ -29,26 +29,41 @@ class TrainerState:
     plan_hash: str
     zero_stage: int
     world_size: int
+    wall_seconds: float = 0.0
+    """Spent on the run so far, over all its resumptions."""
+    last_eval: Mapping[str, float] = field(default_factory=dict)
+    """The latest held-out evaluation."""
+    row: Mapping[str, float] = field(default_factory=dict)
+    """The step's metrics, in case the process is killed before they are logged."""
 
 
 def save_checkpoint(
     root: Path, state: TrainerState, update: WeightUpdate, save_learner: Callable[[str], None], *, keep_last: int
 ) -> Path:
     """Write the checkpoint of `state.step` under `root` and delete all but the last `keep_last`."""
+    root.mkdir(parents=True, exist_ok=True)
+    root = root.resolve()  # the ranks may have started in another directory
+    for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
+        shutil.rmtree(leftover)
     final = root / f"step_{state.step:06d}"
     aside = root / f".writing_{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     save_learner(str(aside / LEARNER))
+    shards = len(list((aside / LEARNER).rglob("*optim_states.pt")))
+    if shards != state.world_size:
+        raise RuntimeError(
+            f"{shards} of {state.world_size} learner ranks wrote their optimizer state under {aside}; all ranks and "
+            "the driver must see the run directory: put run.dir on a shared file system"
+        )
     (aside / WEIGHTS).write_bytes(update.tensors)
     (aside / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    _sync_tree(aside)
+    sync_tree(aside)
     if final.exists():  # a resumed run repeats a step that was saved already
-        shutil.rmtree(final)
+        _remove(final)
     aside.rename(final)
-    _sync(root)
+    sync_path(root)
     for old in checkpoints(root)[:-keep_last]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
 
 
@@ -61,16 +76,8 @@ def load_state(checkpoint: Path) -> TrainerState:
     return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
-def _sync_tree(root: Path) -> None:
-    for directory, _, files in os.walk(root):
-        for name in files:
-            _sync(Path(directory) / name)
-        _sync(Path(directory))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(checkpoint: Path) -> None:
+    """Rename first, so that no half-deleted directory has a finished one's name."""
+    old = checkpoint.with_name(f".old_{checkpoint.name}")
+    checkpoint.rename(old)
+    shutil.rmtree(old)

@@ -21,7 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check everything, print the resolved settings, start nothing"
     )
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments only in one run; settings may also follow an option.
+    options.overrides += [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in options.overrides]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return options.run(load_config(options.config, options.overrides), options)
     except ConfigError as error:

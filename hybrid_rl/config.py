@@ -23,11 +23,22 @@ class ConfigError(Exception):
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, values: Any) -> Any:
+        """pydantic takes `true` for 1 where a number is wanted."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name}={str(value).lower()}: a truth value is not expected here")
+        return values
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(_Settings):
@@ -141,7 +152,7 @@ class LearnerConfig(_Settings):
     """Steps over which both learning rates rise linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of both learning rates after warm-up; the last two end at 0 after `steps`."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     cpus: Annotated[float, Field(gt=0)] = 0.5
@@ -305,11 +316,7 @@ class Config(_Settings):
                 f"cluster.backend=inline uses no cluster, but cluster.address={self.cluster.address!r} is given; "
                 "drop one of them"
             )
-        if self.plan.path is not None and self.adaptation != "hybrid":
-            raise ValueError(
-                f"adaptation={self.adaptation} makes its own plan, but plan.path={self.plan.path!r} is given; "
-                "drop one of them"
-            )
+        self._check_plan()
         if "{prompt}" not in self.data.template:
             raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
         longest = self.data.max_prompt_length + self.sampling.max_completion_length
@@ -319,6 +326,32 @@ class Config(_Settings):
                 f"data.max_prompt_length + sampling.max_completion_length = {longest} tokens; raise it or shorten those"
             )
         return self
+
+    def _check_plan(self) -> None:
+        """Refuse settings that another one would silently override."""
+        changed = {name for name in PlanConfig.model_fields if getattr(self.plan, name) != getattr(PlanConfig(), name)}
+        if self.plan.path is not None and self.adaptation != "hybrid":
+            raise ValueError(
+                f"adaptation={self.adaptation} makes its own plan, but plan.path={self.plan.path!r} is given; "
+                "drop one of them"
+            )
+        making, ranking = changed & {"budget", "score", "placement", "rest"}, changed & {"budget", "score"}
+        if self.plan.path is not None and making:
+            raise ValueError(
+                f"plan.path={self.plan.path!r} gives a finished plan, which plan.{min(making)} cannot change; "
+                "drop one of them"
+            )
+        if self.adaptation != "hybrid" and ranking:
+            raise ValueError(
+                f"adaptation={self.adaptation} ranks nothing, so plan.{min(ranking)} would do nothing; drop one of them"
+            )
+        if self.adaptation == "lora" and self.plan.rest == "frozen":
+            raise ValueError("adaptation=lora with plan.rest=frozen trains nothing; drop one of them")
+        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 1:
+            raise ValueError(
+                "model.dtype=bfloat16 with learner.zero_stage=1 is not supported (DeepSpeed's separate bf16 optimizer "
+                "does not clip by group); use learner.zero_stage=2"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

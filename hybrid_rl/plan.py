@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from hybrid_rl.components import Matrix
 from hybrid_rl.config import ConfigError
+from hybrid_rl.files import write_atomically
 
 Treatment = Literal["full", "lora", "frozen"]
 PLAN_VERSION = 1
@@ -66,7 +67,7 @@ class AdaptationPlan:
 
     @property
     def hash(self) -> str:
-        """Digest of everything in the plan but the scores' provenance: equal hashes train the same parameters."""
+        """Digest of the model and of every module's treatment, in order: equal hashes train the same parameters."""
         content = [self.model, [[m.name, m.shape, m.treatment, m.rank, m.alpha] for m in self.modules]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -84,7 +85,7 @@ class AdaptationPlan:
         return json.dumps(tree, indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(Path(path), self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> AdaptationPlan:
@@ -124,11 +125,15 @@ class AdaptationPlan:
             if m.treatment not in ("full", "lora", "frozen"):
                 raise ConfigError(f"the plan treats {m.name} as {m.treatment!r}; use full, lora or frozen")
             if m.treatment == "lora":
-                if not m.rank or not m.alpha:
-                    raise ConfigError(f"the plan treats {m.name} as lora without a rank and an alpha")
-                check_rank(m.rank, m.name, m.shape)
+                if not (_is_number(m.rank, int) and _is_number(m.alpha, (int, float))):
+                    raise ConfigError(f"the plan treats {m.name} as lora without a positive rank and alpha")
+                check_rank(m.rank or 0, m.name, m.shape)
         if not any(m.treatment != "frozen" for m in self.modules):
             raise ConfigError("the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora")
+
+
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def check_rank(rank: int, name: str, shape: tuple[int, int]) -> None:

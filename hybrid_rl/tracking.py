@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.files import write_atomically
 from hybrid_rl.types import ScoredGroup
 
 
@@ -42,7 +44,7 @@ class RunDirectory:
             )
         try:
             run.rollouts.mkdir(parents=True, exist_ok=True)
-            run.config.write_text(dump_config(config), encoding="utf-8")
+            write_atomically(run.config, dump_config(config))
         except OSError as error:
             raise ConfigError(f"run.dir={str(run.path)!r} cannot be written: {error}") from None
         return run
@@ -66,7 +68,7 @@ class RunDirectory:
         return json.loads(self.summary.read_text(encoding="utf-8"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_atomically(self.summary, json.dumps(summary, indent=1) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
         """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version."""
@@ -89,7 +91,7 @@ class RunDirectory:
         (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-_MAY_CHANGE = ("cluster", "tracking", "checkpoint", "reward")
+_MAY_CHANGE = ("run", "cluster", "tracking", "checkpoint", "reward")
 """Sections whose settings a resumed run may change: they decide nothing about what is trained."""
 
 
@@ -112,12 +114,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class MetricsLog:
     """Appends one object a step to `metrics.jsonl` and to wandb."""
 
-    def __init__(self, run: RunDirectory, config: Config, *, resume_from: int = 0) -> None:
-        """`resume_from`: rows of later steps are dropped, since they are about to be done again."""
-        kept = [row for row in read_metrics(run.metrics) if row["step"] <= resume_from] if run.metrics.exists() else []
-        aside = run.metrics.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        aside.rename(run.metrics)
+    def __init__(self, run: RunDirectory, config: Config, *, last: Mapping[str, float] | None = None) -> None:
+        """`last`: the row of the step from which the run is resumed. Later rows are dropped, since those steps are to
+        be done again, and this one is added where the process was killed before it was logged."""
+        kept: list[Mapping[str, float]] = []
+        if last:
+            kept = [row for row in read_metrics(run.metrics) if row["step"] <= last["step"]]
+            kept += [last] if not kept or kept[-1]["step"] < last["step"] else []
+        write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = run.metrics.open("a", encoding="utf-8")
         self._wandb: Any = None
         if config.tracking.wandb != "disabled":
@@ -152,8 +156,12 @@ class StepClock:
     started: float = dataclasses.field(default_factory=time.perf_counter)
     parts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0))
 
-    def time(self, part: str) -> _Section:
-        return _Section(self, part)
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Count the time inside towards `part`."""
+        started = time.perf_counter()
+        yield
+        self.parts[part] += time.perf_counter() - started
 
     def add(self, seconds: Mapping[str, float]) -> None:
         for part, value in seconds.items():
@@ -167,14 +175,3 @@ class StepClock:
 
 
 STEP_PARTS = ("generate", "reward", "logprob", "train", "sync", "eval", "checkpoint")
-
-
-class _Section:
-    def __init__(self, clock: StepClock, part: str) -> None:
-        self._clock, self._part = clock, part
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock.parts[self._part] += time.perf_counter() - self._started

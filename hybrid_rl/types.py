@@ -82,10 +82,6 @@ class TrainBatch:
     lr_scale: float
     """Factor of both learning rates at this step."""
 
-    @property
-    def size(self) -> int:
-        return sum(len(m) for m in self.mini_batches)
-
 
 @dataclass(frozen=True)
 class StepStats:
@@ -138,6 +134,10 @@ class Pending(Protocol):
         """Wait for the value. Raises `WorkerDied`, or the worker's own exception."""
         ...
 
+    def ready(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds; is there a result, or a failure?"""
+        ...
+
 
 class WorkerHandle(Protocol):
     """A worker, wherever it lives."""
@@ -150,5 +150,18 @@ class WorkerHandle(Protocol):
 
 
 def call_all(workers: Sequence[WorkerHandle], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
-    """Call `method` on every worker at once and wait for all results, in order."""
-    return [pending.result() for pending in [w.submit(method, *args, **kwargs) for w in workers]]
+    """Call `method` on every worker at once and wait for all results, in order.
+
+    The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
+    """
+    pending = [w.submit(method, *args, **kwargs) for w in workers]
+    waiting = set(range(len(pending)))
+    while waiting:
+        pending[min(waiting)].ready(_POLL_SECONDS)
+        for i in [i for i in waiting if pending[i].ready(0)]:
+            pending[i].result()
+            waiting.remove(i)
+    return [p.result() for p in pending]
+
+
+_POLL_SECONDS = 0.5

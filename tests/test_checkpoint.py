@@ -20,7 +20,8 @@ def state(step: int) -> TrainerState:
 
 def write_learner(directory: str) -> None:
     Path(directory).mkdir()
-    (Path(directory) / "shard").write_text("x")
+    for rank in range(2):
+        (Path(directory) / f"rank_{rank}_optim_states.pt").write_text("x")
 
 
 def test_checkpoints_are_rotated_and_read_back(tmp_path: Path):
@@ -31,6 +32,12 @@ def test_checkpoints_are_rotated_and_read_back(tmp_path: Path):
     assert {p.name for p in path.iterdir()} == {LEARNER, STATE, WEIGHTS}
     save_checkpoint(tmp_path, state(10), UPDATE, write_learner, keep_last=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000004", "step_000010"]
+
+
+def test_a_rank_that_wrote_elsewhere_is_noticed(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="0 of 2 learner ranks"):
+        save_checkpoint(tmp_path, state(1), UPDATE, lambda directory: Path(directory).mkdir(), keep_last=2)
+    assert checkpoints(tmp_path) == []
 
 
 def _killed(root: Path, at: str) -> None:

@@ -47,6 +47,13 @@ def test_defaults_are_resolved():
             ["batch.tokens_per_micro_batch=100", "sampling.max_completion_length"],
         ),
         ({"rewards": []}, ["rewards", "at least 1"]),
+        ({"plan": {"path": "p.json", "score": "random"}}, ["plan.path", "plan.score"]),
+        ({"adaptation": "full", "plan": {"budget": {"ratio": 0.2}}}, ["adaptation=full", "plan.budget"]),
+        ({"adaptation": "lora", "plan": {"rest": "frozen"}}, ["adaptation=lora", "plan.rest=frozen"]),
+        ({"steps": True}, ["steps=true"]),
+        ({"full": {"lr": float("inf")}}, ["full.lr=inf"]),
+        ({"learner": {"adam_betas": [5, 5]}}, ["learner.adam_betas"]),
+        ({"model": {"path": "m", "dtype": "bfloat16"}, "learner": {"zero_stage": 1}}, ["model.dtype", "zero_stage=1"]),
         ({"batch": {"num_generations": 1}}, ["batch.num_generations=1", "greater than or equal to 2"]),
     ],
 )

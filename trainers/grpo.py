@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state, save_checkpoint
 from hybrid_rl.config import Config, ConfigError
@@ -36,9 +37,9 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
         else:
             before = evaluate(workplace.pool, workplace.rewards, task.eval, config)
             run.write_summary({"eval_before": before, "plan_hash": plan.hash})
-        log = MetricsLog(run, config, resume_from=done.step)
+        log = MetricsLog(run, config, last=done.row)
         try:
-            after = _loop(config, task, workplace, plan, run, log, screen, done, before)
+            after = _loop(config, task, workplace, plan, run, log, screen, done, started)
         finally:
             log.close()
         run.write_summary(
@@ -46,7 +47,7 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
                 "eval_before": before,
                 "eval_after": after,
                 "steps": config.steps,
-                "wall_seconds": time.perf_counter() - started,
+                "wall_seconds": done.wall_seconds + time.perf_counter() - started,
                 "plan_hash": plan.hash,
             }
         )
@@ -64,13 +65,13 @@ def _loop(
     log: MetricsLog,
     screen: RunScreen,
     done: TrainerState,
-    before: dict[str, float],
-) -> dict[str, float]:
+    started: float,
+) -> Mapping[str, float]:
     """Train from the step after `done` to the last. Returns the last evaluation."""
     pool, learner, rewards = workplace.pool, workplace.learner, workplace.rewards
     prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
     sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature)
-    last_eval, restarts = before, 0
+    last_eval, restarts = done.last_eval, 0
     for step in range(done.step + 1, config.steps + 1):
         clock = StepClock()
         scale = lr_scale(step, config.steps, config.learner)
@@ -105,7 +106,14 @@ def _loop(
         if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
             with clock.time("checkpoint"):
                 state = TrainerState(
-                    step, prompts.position, plan.hash, config.learner.zero_stage, config.learner.world_size
+                    step,
+                    prompts.position,
+                    plan.hash,
+                    config.learner.zero_stage,
+                    config.learner.world_size,
+                    done.wall_seconds + time.perf_counter() - started,
+                    last_eval,
+                    row | clock.row(),
                 )
                 save_checkpoint(run.checkpoints, state, update, learner.save, keep_last=config.checkpoint.keep_last)
         row |= clock.row()
@@ -126,7 +134,7 @@ def _restore(run: RunDirectory, plan: AdaptationPlan, config: Config, workplace:
             f"{saved[-1].name} was saved with learner.zero_stage={state.zero_stage}, learner.world_size="
             f"{state.world_size}; resume with the same"
         )
-    workplace.learner.load(str(saved[-1] / LEARNER))
+    workplace.learner.load(str(saved[-1].resolve() / LEARNER))
     return state
 
 

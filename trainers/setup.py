@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.learner.assemble import assemble
 from hybrid_rl.plan import AdaptationPlan, build_plan, check_rank
 from hybrid_rl.reward import RewardPool
-from hybrid_rl.rollout import EngineSettings, RolloutPool, sampling_from
+from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, RolloutPool, sampling_from
 from hybrid_rl.scoring import random_scores
 from hybrid_rl.types import Prompt, Receipt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import verify_receipts
@@ -60,7 +61,7 @@ class Workplace:
     def sync(self, version: int) -> tuple[WeightUpdate, int]:
         """Bring every engine to the learner's weights. Returns the update and how many engines were verified."""
         self._update = self.learner.export(version)
-        verified = self.pool.update(self.cluster.share(self._update))
+        verified = self.pool.update(self.cluster.share(self._update), version)
         return self._update, verified
 
     def verify(self, receipts: Sequence[Receipt]) -> int:
@@ -87,6 +88,7 @@ def check_task(config: Config) -> Task:
         if config.adaptation != "full" and config.plan.rest == "lora":
             narrowest = min(candidates, key=lambda c: min(c.shape))
             check_rank(config.lora.rank, narrowest.name, narrowest.shape)
+    _check_engine_rank(config, _largest_rank(config, plan))
 
     data = config.data
     read: dict[str, Any] = {"columns": data.columns, "answer_after": data.answer_after}
@@ -164,7 +166,8 @@ def make_plan(config: Config, task: Task, workplace: Workplace) -> AdaptationPla
 
 def _gradient_scores(config: Config, task: Task, workplace: Workplace) -> tuple[dict[str, float], dict[str, Any]]:
     """Scores from the base policy's own rollouts, on prompts drawn apart from the training order."""
-    prompts = PromptSource(task.train, seed=config.seed + 1).take(config.plan.prompts)
+    # No more than there are: a problem in both halves would make noise look like agreement.
+    prompts = PromptSource(task.train, seed=config.seed + 1).take(min(config.plan.prompts, len(task.train)))
     seed, n = config.seed + 1, config.batch.num_generations
     sampling = sampling_from(config, n=n, temperature=config.sampling.temperature, seed=seed)
     groups = workplace.rewards.score(prompts, workplace.pool.generate(prompts, sampling)).groups
@@ -179,15 +182,39 @@ def _gradient_scores(config: Config, task: Task, workplace: Workplace) -> tuple[
     return {c.name: scores[c.name] for c in task.candidates}, seen
 
 
+def _largest_rank(config: Config, plan: AdaptationPlan | None) -> int:
+    """Largest LoRA rank that a weight update can carry; 0 if it carries no adapter."""
+    if plan is not None:
+        return max((m.rank or 0 for m in plan.modules), default=0)
+    return config.lora.rank if config.adaptation != "full" and config.plan.rest == "lora" else 0
+
+
+def _check_engine_rank(config: Config, rank: int) -> None:
+    if config.rollout.engine == "vllm" and rank > LARGEST_ADAPTER_RANK:
+        raise ConfigError(
+            f"lora.rank={rank} is more than rollout.engine=vllm serves ({LARGEST_ADAPTER_RANK}); lower it, or use "
+            "rollout.engine=transformers"
+        )
+
+
+def _resolved(path: str) -> str:
+    """A local path made absolute; a hub name as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def _meta_model(config: Config) -> Any:
     """The model without its weights."""
     try:
         model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a path that is not a model
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={config.model.path!r} is not a causal language model: {reason}") from None
+    local = Path(config.model.path)
+    if local.is_dir() and not any(local.glob("*.safetensors")):
+        raise ConfigError(f"model.path={config.model.path!r} has no weights (*.safetensors)")
+    return model
 
 
 def _check_length(config: Config, model: Any, prompts: list[Prompt]) -> None:
@@ -211,18 +238,14 @@ def _start_engine(config: Config, task: Task, cluster: Cluster, place: int, inde
         from hybrid_rl.rollout.vllm_engine import VllmEngine as Engine
     else:
         from hybrid_rl.rollout.transformers_engine import TransformersEngine as Engine
-    if task.plan is not None:
-        rank = max((m.rank or 0 for m in task.plan.modules), default=0)
-    else:
-        rank = config.lora.rank if config.adaptation != "full" and config.plan.rest == "lora" else 0
     longest = max(len(p.token_ids) for p in task.train + task.eval)
     settings = EngineSettings(
         name=f"engine-{index}",
-        model_path=config.model.path,
+        model_path=_resolved(config.model.path),
         dtype=config.model.dtype,
         trust_remote_code=config.model.trust_remote_code,
         max_length=longest + config.sampling.max_completion_length,
-        adapter_rank=rank,
+        adapter_rank=_largest_rank(config, task.plan),
         max_concurrent=config.rollout.max_concurrent,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         seed=config.seed,
@@ -233,6 +256,9 @@ def _start_engine(config: Config, task: Task, cluster: Cluster, place: int, inde
 def _start_learner(config: Config, cluster: Cluster) -> LearnerGroup:
     from hybrid_rl.learner.worker import LearnerWorker
 
+    # Workers may start in another directory.
+    model = config.model.model_copy(update={"path": _resolved(config.model.path)})
+    config = config.model_copy(update={"model": model})
     workers = [
         cluster.start(rank, LearnerWorker, config, rank, name=f"learner-{rank}")
         for rank in range(config.learner.world_size)

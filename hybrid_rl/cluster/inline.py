@@ -54,6 +54,9 @@ class _Done:
     def result(self, timeout: float | None = None) -> Any:
         return self._value
 
+    def ready(self, timeout: float) -> bool:
+        return True
+
 
 def free_port() -> int:
     """A port on this machine that nothing listens on."""

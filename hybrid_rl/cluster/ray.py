@@ -39,7 +39,8 @@ class RayCluster:
             raise ConfigError(
                 f"cluster.address={config.cluster.address!r}: cannot join a Ray cluster: {error}"
             ) from None
-        self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        wanted = os.environ.get("HYBRID_RL_DEVICE") != "cpu"  # the CPU build cannot use a GPU that is there
+        self.has_gpus = wanted and ray.cluster_resources().get("GPU", 0) > 0
         self._environment = worker_environment(config, gpus=self.has_gpus)
         if config.cluster.address is None:
             self._environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -142,5 +143,26 @@ class _RayPending:
             return ray.get(self._reference, timeout=timeout)
         except ray.exceptions.GetTimeoutError:
             raise WorkerDied(f"{self._name} did not answer within {timeout:g} s") from None
-        except (ray.exceptions.RayActorError, ray.exceptions.LocalRayletDiedError) as death:
-            raise WorkerDied(f"{self._name}: {str(death).strip().splitlines()[0]}") from None
+        except ray.exceptions.RayActorError as death:
+            if death.actor_init_failed:
+                raise RuntimeError(f"{self._name} could not start: {_cause(death)}") from None
+            raise WorkerDied(f"{self._name}: {_cause(death)}") from None
+        except _LOST as death:
+            raise WorkerDied(f"{self._name}: {_cause(death)}") from None
+
+    def ready(self, timeout: float) -> bool:
+        done, _ = ray.wait([self._reference], timeout=timeout)
+        return bool(done)
+
+
+_LOST = (
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,  # Ray's memory monitor killed the actor
+)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line that says something: the exception itself, behind its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -38,7 +38,11 @@ def load_rows(
         )
     renamed = [{**row, **{ours: row[theirs] for ours, theirs in wanted.items()}} for row in rows]
     if answer_after is not None:
-        for row in renamed:
+        for i, row in enumerate(renamed):
+            if answer_after not in str(row["answer"]):
+                raise ConfigError(
+                    f"{setting}={source!r}: the answer of row {i} has no data.answer_after={answer_after!r}"
+                )
             row["answer"] = _after(str(row["answer"]), answer_after)
     return renamed
 

@@ -7,7 +7,7 @@ number of ranks, any token budget and any order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,10 @@ class PaddedBatch:
 
 
 def pad(sequences: Sequence[TrainSequence], device: torch.device | str = "cpu") -> PaddedBatch:
-    """Tensors of one micro-batch. An empty one becomes a single masked token, so that collectives still happen."""
+    """Tensors of one micro-batch. An empty one becomes a masked token, so that collectives still happen."""
     if not sequences:
-        sequences = [TrainSequence((0,), (), (), 0.0), TrainSequence((0, 0), (), (), 0.0)]
+        sequences = [TrainSequence((0,), (0,), (0.0,), 0.0)]
+        return replace(pad(sequences, device), mask_N_T=torch.zeros(1, 1, device=device))
     rows = [(*s.prompt_ids, *s.completion_ids) for s in sequences]
     length = max(len(row) for row in rows)
     first = min(len(s.prompt_ids) for s in sequences) - 1

@@ -25,16 +25,11 @@ class LearnerGroup:
         return call_all(self._workers, "build", plan.to_json())[0]
 
     def train(self, batch: Any) -> StepStats:
-        """Train on a `TrainBatch`, or on a reference to one. Seconds are the slowest rank's."""
-        stats: list[StepStats] = call_all(self._workers, "train", batch)
-        seconds = {part: max(s.seconds[part] for s in stats) for part in stats[0].seconds}
-        return StepStats(stats[0].metrics, seconds)
+        """Train on a `TrainBatch`, or on a reference to one. Ranks work in step; seconds are rank 0's."""
+        return call_all(self._workers, "train", batch)[0]
 
     def export(self, version: int) -> WeightUpdate:
         return call_all(self._workers, "export", version)[0]
-
-    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[list[float]]:
-        return call_all(self._workers, "logprobs", sequences)[0]
 
     def save(self, directory: str) -> None:
         call_all(self._workers, "save", directory)

@@ -61,18 +61,16 @@ class LearnerWorker:
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = getattr(torch, self._config.model.dtype)
-        torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         model: Any = AutoModelForCausalLM.from_pretrained(
             self._config.model.path,
-            # Training starts from fp32: DeepSpeed keeps these values as masters and makes the bf16 copy itself.
-            dtype=torch.float32,
+            dtype=torch.float32,  # for bf16, DeepSpeed casts, and keeps fp32 masters of what is trained
             trust_remote_code=self._config.model.trust_remote_code,
             attn_implementation=self._config.model.attention,
         )
         self._model = model.to(self._device)
 
     def score(self, halves: Sequence[Sequence[TrainSequence]]) -> dict[str, float]:
-        """Gradient scores of every candidate from two disjoint sets of sequences. The model is left as it was."""
+        """Gradient scores of every candidate from two disjoint sets of sequences. No weight is changed."""
         plan = self._config.plan
         candidates = candidate_matrices(self._model)
         weights = {c.name: self._model.get_submodule(c.name).weight for c in candidates}
@@ -100,6 +98,7 @@ class LearnerWorker:
         if self._config.learner.gradient_checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.enable_input_require_grads()
+        torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         self._adapted = apply_plan(self._model, AdaptationPlan.from_json(plan_json))
         config = self._config
         settings = {"full": config.full, "lora": config.lora}
@@ -163,13 +162,6 @@ class LearnerWorker:
             full = dict(self._adapted.full)
             lora = {name: (pair.a, pair.b, pair.scaling) for name, pair in self._adapted.lora.items()}
             return encode_update(full, lora, version=version, dtype=self._dtype)
-
-    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[list[float]]:
-        """Log-probabilities of each completion's tokens under the current policy, for checks. One micro-batch."""
-        padded = pad(sequences, self._device)
-        with torch.no_grad():
-            logprobs = self._logprobs(self._engine, padded)
-        return [row[mask > 0].tolist() for row, mask in zip(logprobs, padded.mask_N_T, strict=True)]
 
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer and the trained weights under `directory`."""
@@ -258,6 +250,10 @@ class LearnerWorker:
         squares = torch.stack([sum((t.float().square().sum() for t in s), self._zero()) for s in shards])
         deepspeed.comm.all_reduce(squares)
         norms = squares.sqrt().tolist()
+        if not all(math.isfinite(norm) for norm in norms):
+            raise RuntimeError(
+                f"the gradient is not finite: norms by group {dict(zip(self._group_names, norms, strict=True))}"
+            )
         for tensors, norm, limit in zip(shards, norms, self._max_norm, strict=True):
             if norm > limit:
                 for tensor in tensors:
@@ -290,6 +286,8 @@ class LearnerWorker:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
             "bf16": {"enabled": self._dtype == torch.bfloat16},
+            # Micro-batches add up in fp32, so that their number does not change the gradient.
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": {
                 "stage": self._config.learner.zero_stage,
                 "contiguous_gradients": True,

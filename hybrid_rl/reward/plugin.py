@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -28,6 +29,13 @@ def load_plugin(spec: str) -> RewardFunction:
             raise ValueError(f"{source} has no function {name!r}")
         _loaded[spec] = function
     return _loaded[spec]
+
+
+def preload(specs: Sequence[str]) -> None:
+    """Load plugins ahead of their first call. One that cannot be loaded says so when it is called."""
+    for spec in specs:
+        with contextlib.suppress(Exception):
+            load_plugin(spec)
 
 
 def _load_file(path: Path) -> Any:

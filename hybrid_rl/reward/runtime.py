@@ -10,18 +10,20 @@ import logging
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
-from hybrid_rl.reward.plugin import call_plugin, missing_columns
+from hybrid_rl.reward.plugin import call_plugin, missing_columns, preload
 from hybrid_rl.types import Completion, Prompt, ScoredGroup
 
 logger = logging.getLogger(__name__)
 START_SECONDS = 120.0
 """Longest that importing a plugin may take."""
+_GIVE_UP_AFTER = 8
+"""Failures in a row after which a plugin that has not scored anything is taken for broken."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,12 @@ class Scored:
     """`timeout`, `error`, `crash` -> completions without a score for that reason."""
 
 
-@dataclass
-class _Faults:
-    counts: dict[str, int] = field(default_factory=lambda: {"timeout": 0, "error": 0, "crash": 0})
-    last: str = ""
+@dataclass(frozen=True)
+class _Failure:
+    """Why a completion has no score."""
 
-    def add(self, kind: str, detail: str) -> None:
-        self.counts[kind] += 1
-        self.last = f"{kind}: {detail}"
+    kind: str
+    detail: str
 
 
 class RewardPool:
@@ -51,8 +51,8 @@ class RewardPool:
         self._specs = list(specs)
         self._timeout = settings.timeout
         self._chat = chat
-        # Not fork: the driver has threads, and a plugin must not see its memory.
-        self._pool = ProcessPool(max_workers=settings.workers, context=multiprocessing.get_context("spawn"))
+        self._workers = settings.workers
+        self._pool = self._start()
 
     def check(self, columns: Sequence[str]) -> None:
         """Import every plugin, in a worker. Raises `ConfigError` if one is missing or wants a column that is not."""
@@ -70,57 +70,99 @@ class RewardPool:
                 )
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> Scored:
-        """Score every completion with every plugin.
+        """Score every completion with every plugin. A completion on which any plugin failed has no reward.
 
-        Raises `RuntimeError` if not one completion got a score from a plugin that failed: the plugin is broken.
+        Raises `RuntimeError` if a plugin failed on every completion: it is broken.
         """
-        faults = _Faults()
-        parts = {spec.plugin: self._score_with(spec.plugin, prompts, groups, faults) for spec in self._specs}
+        results = {spec.plugin: self._score_with(spec.plugin, prompts, groups) for spec in self._specs}
+        faults = {"timeout": 0, "error": 0, "crash": 0}
         scored = []
         for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-            rows = {spec.plugin: tuple(parts[spec.plugin][i]) for spec in self._specs}
-            totals = tuple(self._total([rows[s.plugin][j] for s in self._specs]) for j in range(len(group)))
-            scored.append(ScoredGroup(prompt, tuple(group), totals, rows))
-        failed = sum(faults.counts.values())
-        if failed:
-            logger.warning("%d completions got no reward (%s)", failed, faults.last)
-        if failed and all(reward is None for group in scored for reward in group.rewards_G):
-            raise RuntimeError(f"no completion could be scored; the last failure was {faults.last}")
-        return Scored(scored, faults.counts)
+            rows = [[results[spec.plugin][i][j] for spec in self._specs] for j in range(len(group))]
+            for failure in (entry for row in rows for entry in row if isinstance(entry, _Failure)):
+                faults[failure.kind] += 1
+            parts = {
+                spec.plugin: tuple(None if isinstance(e, _Failure) else e for e in results[spec.plugin][i])
+                for spec in self._specs
+            }
+            scored.append(ScoredGroup(prompt, tuple(group), tuple(self._total(row) for row in rows), parts))
+        return Scored(scored, faults)
 
     def close(self) -> None:
         self._pool.stop()
         self._pool.join()
 
     def _score_with(
-        self, plugin: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], faults: _Faults
-    ) -> list[list[float | None]]:
-        calls = [self._schedule(plugin, p, group) for p, group in zip(prompts, groups, strict=True)]
-        scores: list[list[float | None]] = []
-        for prompt, group, call in zip(prompts, groups, calls, strict=True):
-            try:
-                scores.append(call.result())
-            except (Exception, ProcessExpired):
-                scores.append([self._score_alone(plugin, prompt, completion, faults) for completion in group])
+        self, plugin: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+    ) -> list[list[float | _Failure | None]]:
+        """Each group's scores; the completions of a group whose call failed are scored one by one."""
+        scores: list[list[float | _Failure | None]] = []
+        again: list[tuple[int, int]] = []
+        for i, outcome in enumerate(self._call(plugin, list(zip(prompts, groups, strict=True)))):
+            failed = isinstance(outcome, _Failure)
+            scores.append([outcome] * len(groups[i]) if failed else list(outcome))
+            again += [(i, j) for j in range(len(groups[i]))] if failed else []
+        alone = self._call(
+            plugin, [(prompts[i], [groups[i][j]]) for i, j in again], give_up=len(again) == _count(groups)
+        )
+        for (i, j), outcome in zip(again, alone, strict=True):
+            scores[i][j] = outcome if isinstance(outcome, _Failure) else outcome[0]
+        failures = [entry for row in scores for entry in row if isinstance(entry, _Failure)]
+        if failures:
+            logger.warning("%s: %d completions without a score (%s)", plugin, len(failures), failures[-1].detail)
+        if failures and len(failures) == _count(groups):
+            raise RuntimeError(f"{plugin} failed on every completion; the last time: {failures[-1].detail}")
         return scores
 
-    def _score_alone(self, plugin: str, prompt: Prompt, completion: Completion, faults: _Faults) -> float | None:
+    def _call(
+        self, plugin: str, calls: Sequence[tuple[Prompt, Sequence[Completion]]], *, give_up: bool = False
+    ) -> list[list[float | None] | _Failure]:
+        """Run all calls at once over the workers. `give_up`: after the first few have all failed, take the rest for
+        failed too, instead of waiting for each one's time limit."""
+        futures = [self._schedule(plugin, prompt, group) for prompt, group in calls]
+        outcomes: list[list[float | None] | _Failure] = []
+        for future in futures:
+            hopeless = give_up and len(outcomes) >= _GIVE_UP_AFTER and all(isinstance(o, _Failure) for o in outcomes)
+            if hopeless:
+                future.cancel()
+                outcomes.append(outcomes[-1])
+            else:
+                outcomes.append(self._outcome(plugin, future))
+        return outcomes
+
+    def _outcome(self, plugin: str, future: Any) -> list[float | None] | _Failure:
         try:
-            return self._schedule(plugin, prompt, [completion]).result()[0]
+            return future.result()
         except FutureTimeout:
-            faults.add("timeout", f"{plugin} took more than reward.timeout={self._timeout} s")
+            return _Failure("timeout", f"{plugin} took more than reward.timeout={self._timeout:g} s")
         except ProcessExpired as crash:
-            faults.add("crash", f"the process of {plugin} ended with status {crash.exitcode}")
+            return _Failure("crash", f"the process of {plugin} ended with status {crash.exitcode}")
         except Exception as error:  # whatever the user's code raises
-            faults.add("error", f"{plugin} raised {type(error).__name__}: {error}")
-        return None
+            return _Failure("error", f"{plugin} raised {type(error).__name__}: {error}")
 
     def _schedule(self, plugin: str, prompt: Prompt, group: Sequence[Completion]) -> Any:
         size = len(group)
         columns = {name: [value] * size for name, value in prompt.columns.items() if name != "prompt"}
         prompts: list[Any] = [self._as_prompt(prompt)] * size
         completions = [self._as_completion(completion) for completion in group]
-        return self._pool.schedule(call_plugin, args=(plugin, prompts, completions, columns), timeout=self._timeout)
+        arguments = (plugin, prompts, completions, columns)
+        try:
+            return self._pool.schedule(call_plugin, args=arguments, timeout=self._timeout)
+        except RuntimeError:  # the pool broke: an idle worker was killed from outside
+            logger.warning("the reward processes died while idle; starting new ones")
+            self._pool.stop()
+            self._pool = self._start()
+            return self._pool.schedule(call_plugin, args=arguments, timeout=self._timeout)
+
+    def _start(self) -> ProcessPool:
+        """Workers import the plugins before they take work, so that no call's time limit pays for it."""
+        return ProcessPool(
+            max_workers=self._workers,
+            initializer=preload,
+            initargs=([spec.plugin for spec in self._specs],),
+            # Not fork: the driver has threads, and a plugin must not see its memory.
+            context=multiprocessing.get_context("spawn"),
+        )
 
     def _as_prompt(self, prompt: Prompt) -> Any:
         return [{"role": "user", "content": prompt.columns["prompt"]}] if self._chat else prompt.text
@@ -128,7 +170,13 @@ class RewardPool:
     def _as_completion(self, completion: Completion) -> Any:
         return [{"role": "assistant", "content": completion.text}] if self._chat else completion.text
 
-    def _total(self, scores: Sequence[float | None]) -> float | None:
-        """Weighted sum over the rewards that apply; `None` where none does."""
-        terms = [spec.weight * s for spec, s in zip(self._specs, scores, strict=True) if s is not None]
+    def _total(self, scores: Sequence[float | _Failure | None]) -> float | None:
+        """Weighted sum over the rewards that apply; `None` where none does, or where any failed."""
+        if any(isinstance(s, _Failure) for s in scores):
+            return None
+        terms = [spec.weight * s for spec, s in zip(self._specs, scores, strict=True) if isinstance(s, float)]
         return sum(terms) if terms else None
+
+
+def _count(groups: Sequence[Sequence[Completion]]) -> int:
+    return sum(len(group) for group in groups)

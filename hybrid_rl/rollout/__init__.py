@@ -1,6 +1,6 @@
 """Rollout engines and the pool that keeps them working. Import engines from their modules: they are heavy."""
 
-from hybrid_rl.rollout.engine import EngineSettings, RolloutEngine, sampling_from
+from hybrid_rl.rollout.engine import LARGEST_ADAPTER_RANK, EngineSettings, RolloutEngine, sampling_from
 from hybrid_rl.rollout.pool import RolloutPool
 
-__all__ = ["EngineSettings", "RolloutEngine", "RolloutPool", "sampling_from"]
+__all__ = ["LARGEST_ADAPTER_RANK", "EngineSettings", "RolloutEngine", "RolloutPool", "sampling_from"]

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from hybrid_rl.config import Config
 from hybrid_rl.types import Completion, Receipt, Sampling, WeightUpdate
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""LoRA ranks that vLLM reserves space for."""
+LARGEST_ADAPTER_RANK = ADAPTER_RANKS[-1]
+
 
 @dataclass(frozen=True)
 class EngineSettings:

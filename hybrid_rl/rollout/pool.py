@@ -34,12 +34,14 @@ class RolloutPool:
         self._restarts_left = max_restarts
         self._verify = verify
         self._update: Any = None
+        self.version = 0
+        """Weight version that every engine serves."""
         self.restarts = 0
         """Engines replaced so far."""
 
-    def wait_ready(self) -> list[dict[str, Any]]:
+    def wait_ready(self) -> None:
         """Wait until every engine has loaded its model."""
-        return self._on_all("info")
+        self._on_all("info")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order."""
@@ -51,11 +53,16 @@ class RolloutPool:
         for share, share_groups in zip(shares, results, strict=True):
             for j, group in zip(share, share_groups, strict=True):
                 groups[j] = group
+        stale = {c.weight_version for group in groups for c in group} - {self.version}
+        if stale:
+            raise RuntimeError(
+                f"engines answered with weights of version {stale.pop()}, the policy's is {self.version}"
+            )
         return groups
 
-    def update(self, update: Any) -> int:
+    def update(self, update: Any, version: int) -> int:
         """Bring every engine to `update` (a `WeightUpdate`, or a reference to one). Returns how many were verified."""
-        self._update = update
+        self._update, self.version = update, version
         return self._verify(self._on_all("apply_update", update))
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:

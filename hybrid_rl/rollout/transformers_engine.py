@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hybrid_rl.adaptation import AdaptedModel, apply_plan
 from hybrid_rl.plan import AdaptationPlan, PlannedModule, Treatment
@@ -47,11 +47,19 @@ class TransformersEngine:
         """Prompts are run one at a time, so that each one's seed decides its completions alone."""
         self._stop = sampling.stop
         greedy = sampling.temperature == 0
-        options: dict[str, Any] = {"do_sample": False}
-        if not greedy:
-            options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        if sampling.stop:
-            options |= {"stop_strings": list(sampling.stop), "tokenizer": self._tokenizer}
+        sample: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        # Complete, so that nothing of the model's own generation settings (penalties, top_k) shapes the samples.
+        settings = GenerationConfig(
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=sorted(self._eos),
+            pad_token_id=self._pad,
+            stop_strings=list(sampling.stop) or None,
+            output_logits=greedy,
+            output_scores=not greedy,
+            return_dict_in_generate=True,
+            **({} if greedy else sample),
+        )
         groups = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             torch.manual_seed(seed)
@@ -59,12 +67,8 @@ class TransformersEngine:
             output = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_tokens,
-                pad_token_id=self._pad,
-                output_logits=greedy,
-                output_scores=not greedy,
-                return_dict_in_generate=True,
-                **options,
+                generation_config=settings,
+                tokenizer=self._tokenizer if sampling.stop else None,
             )
             scores_T_N_V = torch.stack(output.logits if greedy else output.scores).float()
             chosen_N_T = output.sequences[:, len(prompt) :]

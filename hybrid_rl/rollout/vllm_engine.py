@@ -6,11 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_rl.rollout.engine import EngineSettings
+from hybrid_rl.rollout.engine import ADAPTER_RANKS, EngineSettings
 from hybrid_rl.types import Completion, Receipt, Sampling, WeightUpdate
-
-_ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""LoRA ranks that vLLM reserves space for."""
 
 
 class VllmEngine:
@@ -29,7 +26,7 @@ class VllmEngine:
         self._adapter_request = LoRARequest("policy", ADAPTER_ID, "/held/in/memory")
         options: dict[str, Any] = {}
         if settings.adapter_rank:
-            reserved = next(r for r in _ADAPTER_RANKS if r >= settings.adapter_rank)
+            reserved = next(r for r in ADAPTER_RANKS if r >= settings.adapter_rank)
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": reserved}
         if not current_platform.is_cpu():
             options |= {"gpu_memory_utilization": settings.gpu_memory_utilization}

@@ -54,14 +54,14 @@ def score_gradients(moments: GradientMoments, score: GradientScore, rank: int) -
     - `grad_tail_split`: `tail_split(G1, G2) / n`, G_h the mean gradient of half h, n the matrix's parameters. What
       constraining one gradient step to `rank` forfeits, per parameter of budget.
     - `adam_tail_split`: the same on Adam-normalised mean gradients.
-    - `grad_norm`: `<G1, G2> / n`, importance alone: a control.
+    - `grad_norm`: `||(G1 + G2) / 2||^2 / n`, importance alone: a control.
     """
     scores = {}
     for name in moments.names:
         direction = moments.adam_direction if score == "adam_tail_split" else moments.mean
         first, second = (direction(half, name) for half in range(HALVES))
-        forfeited = (first * second).sum() if score == "grad_norm" else tail_split(first, second, rank)
-        scores[name] = max(float(forfeited), 0.0) / first.numel()
+        energy = ((first + second) / 2).square().sum() if score == "grad_norm" else tail_split(first, second, rank)
+        scores[name] = max(float(energy), 0.0) / first.numel()
     return scores
 
 

@@ -55,6 +55,7 @@ def test_files_with_mapped_columns(tmp_path: Path, suffix: str):
         ("gsm8k.jsonl", {}, ["no column 'prompt'", "question", "data.columns.prompt"]),
         ("gsm8k.jsonl", {"columns": {"prompt": "question", "answer": "solution"}}, ["no column 'solution'"]),
         ("broken.jsonl", {}, ["cannot be loaded"]),
+        ("gsm8k.jsonl", {"columns": {"prompt": "question"}, "answer_after": "=>"}, ["row 0", "data.answer_after"]),
         ("arithmetic@test", {}, ["'train' and 'eval'"]),
         ("a b", {}, ["neither"]),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,38 @@ def test_a_column_that_a_plugin_needs_must_be_there(plugin: str):
     try:
         with pytest.raises(ConfigError, match="needs the column 'answer'"):
             pool.check(["prompt"])
+    finally:
+        pool.close()
+
+
+def test_a_failed_check_is_no_zero_beside_another_reward(plugin: str):
+    result = score((f"{plugin}:raises", 1.0), (f"{plugin}:no_extras", 0.5))
+    assert [g.rewards_G for g in result.groups] == [(1.5, None, 1.5), (1.5, 1.5, 1.5)]
+    with pytest.raises(RuntimeError, match="always_raises failed on every completion"):
+        score((f"{plugin}:no_extras", 0.5), (f"{plugin}:always_raises", 1.0))
+
+
+def test_a_plugin_that_always_hangs_does_not_hold_the_run_for_hours(plugin: str):
+    groups = [[completion("bad") for _ in range(8)] for _ in range(4)]
+    prompts = [Prompt(str(i), "p", (1,), {"prompt": "p"}) for i in range(4)]
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:hangs")], RewardConfig(timeout=0.3))
+    started = time.monotonic()
+    try:
+        with pytest.raises(RuntimeError, match=r"took more than reward\.timeout"):
+            pool.score(prompts, groups)
+    finally:
+        pool.close()
+    assert time.monotonic() - started < 60
+
+
+def test_workers_killed_while_idle_are_replaced(plugin: str):
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
+    try:
+        first = pool.score(PROMPTS, GROUPS).groups
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(1)
+        assert pool.score(PROMPTS, GROUPS).groups == first
     finally:
         pool.close()
 

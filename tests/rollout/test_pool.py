@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hybrid_rl.rollout import RolloutPool
-from hybrid_rl.types import Prompt, Receipt, Sampling, WorkerDied
+from hybrid_rl.types import Completion, Prompt, Receipt, Sampling, WorkerDied
 
 SAMPLING = Sampling(1, 1.0, 1.0, 4, (), 5)
 PROMPTS = [Prompt(f"0/{i}", "", (i,), {}) for i in range(7)]
@@ -37,7 +37,10 @@ class FakeEngine:
         return Receipt(self.name, version, {})
 
     def generate(self, prompts: list, sampling: Sampling, seeds: list[int]) -> list:
-        return [[(self.version, *prompt, seed)] for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [
+            [Completion("", (*prompt, seed), (0.0, 0.0), "stop", self.version)]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
 
 
 class _FakePending:
@@ -67,7 +70,7 @@ def make(deaths: list[set[int]], max_restarts: int = 5, engines: int = 2) -> tup
 def test_prompts_are_shared_out_and_come_back_in_order():
     pool, started = make([])
     groups = pool.generate(PROMPTS, SAMPLING)
-    assert [g[0][1] for g in groups] == list(range(7))
+    assert [g[0].token_ids[0] for g in groups] == list(range(7))
     assert len(started) == 2
     one, _ = make([], engines=1)
     assert one.generate(PROMPTS, SAMPLING) == groups, "the number of engines does not change what is sampled"
@@ -76,23 +79,31 @@ def test_prompts_are_shared_out_and_come_back_in_order():
 @pytest.mark.parametrize("deaths", [[{2}], [set(), {2}], [{2}, {2}], [{2}, set(), {1}, {2}]])
 def test_a_dead_engine_loses_no_prompt_and_its_replacement_has_the_weights(deaths: list[set[int]]):
     pool, started = make(deaths)
-    assert pool.update(4) == 2
+    assert pool.update(4, 4) == 2
     groups = pool.generate(PROMPTS, SAMPLING)
-    assert [g[0][:2] for g in groups] == [(4, i) for i in range(7)]
+    assert [(g[0].weight_version, g[0].token_ids[0]) for g in groups] == [(4, i) for i in range(7)]
     assert pool.restarts == len(started) - 2 > 0
     healthy, _ = make([])
-    healthy.update(4)
+    healthy.update(4, 4)
     assert groups == healthy.generate(PROMPTS, SAMPLING), "a death does not change what is sampled"
 
 
 def test_an_engine_that_dies_in_an_update_gets_the_new_weights():
     pool, started = make([{2}])
-    pool.update(1)
-    assert pool.update(2) == 2
+    pool.update(1, 1)
+    assert pool.update(2, 2) == 2
     assert [e.version for e in started] == [1, 2, 2]
 
 
 def test_engines_that_keep_dying_end_the_run():
     pool, _ = make([{1}] * 50, max_restarts=3)
     with pytest.raises(RuntimeError, match=r"rollout\.max_restarts"):
+        pool.generate(PROMPTS, SAMPLING)
+
+
+def test_an_engine_that_missed_an_update_is_noticed():
+    pool, started = make([])
+    pool.update(1, 1)
+    started[1].version = 0
+    with pytest.raises(RuntimeError, match="version 0, the policy's is 1"):
         pool.generate(PROMPTS, SAMPLING)

@@ -46,7 +46,7 @@ def test_scores_follow_their_formulas():
         for score, (first, second) in {"grad_tail_split": means, "adam_tail_split": adams}.items():
             expected = max(float(tail_split(first, second, 2)), 0) / 24
             assert score_gradients(moments, score, 2)[name] == pytest.approx(expected, rel=1e-4, abs=1e-9)  # type: ignore[arg-type]
-        norm = max(float((means[0] * means[1]).sum()), 0) / 24
+        norm = float(((means[0] + means[1]) / 2).square().sum()) / 24
         assert score_gradients(moments, "grad_norm", 2)[name] == pytest.approx(norm, rel=1e-4, abs=1e-9)
 
 
