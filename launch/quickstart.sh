@@ -8,9 +8,9 @@ launch/setup.sh
 source launch/env.sh
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # model and data are made here; without a network a lookup would stall
 
-if [[ $HYBRID_RL_DEVICE == gpu && $(nvidia-smi -L | wc -l) -lt 3 ]]; then
-    # Two learner ranks and an engine want a GPU each; on fewer, one rank and the engine share one.
-    set -- learner.world_size=1 learner.gpus=0.5 rollout.gpus=0.5 rollout.gpu_memory_utilization=0.3 "$@"
+if [[ $HYBRID_RL_DEVICE == gpu && $(nvidia-smi -L | wc -l) -lt 4 ]]; then
+    # Two learner ranks and two engines want a GPU each; on fewer, one rank and one engine share a GPU.
+    set -- learner.world_size=1 rollout.engines=1 learner.gpus=0.5 rollout.gpus=0.5 rollout.gpu_memory_utilization=0.3 "$@"
 fi
 hybrid-rl warm-start configs/quickstart.yaml # returns at once if the model exists
 exec hybrid-rl train configs/quickstart.yaml "$@"

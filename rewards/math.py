@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+_INTEGER = re.compile(r"\s*[+-]?\d+\s*$", re.ASCII)
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
 
@@ -23,6 +25,8 @@ def _score(completion: str, gold: str) -> float | None:
     boxed = last_boxed(completion)
     if boxed is not None and boxed.strip() == gold.strip():
         return 1.0
+    if boxed is not None and _INTEGER.match(boxed) and _INTEGER.match(gold):
+        return float(int(boxed) == int(gold))  # spares the parser, which takes a thousand times longer
     parsed_gold = _parse_gold(gold)
     if not parsed_gold:
         return None

@@ -42,7 +42,7 @@ class PaddedBatch:
     """Right-padded sequences. Causal models need no attention mask for padding on the right: tokens never see it."""
 
     input_ids_N_L: Tensor
-    """Prompts and completions, L tokens."""
+    """Prompts and completions, all but the last token."""
     columns_T: Tensor
     """The positions whose next-token distribution is needed: from the first that predicts a completion token on."""
     targets_N_T: Tensor
@@ -69,7 +69,7 @@ def pad(sequences: Sequence[TrainSequence], device: torch.device | str = "cpu") 
         mask[i, len(s.prompt_ids) : len(row)] = 1.0
         rollout[i, len(s.prompt_ids) : len(row)] = torch.tensor(s.rollout_logprobs)
     return PaddedBatch(
-        input_ids_N_L=ids.to(device),
+        input_ids_N_L=ids[:, :-1].to(device),  # nothing is predicted from the last token
         columns_T=torch.arange(first, length - 1, device=device),
         targets_N_T=ids[:, first + 1 :].to(device),
         mask_N_T=mask[:, first + 1 :].to(device),

@@ -1,7 +1,7 @@
 """Engine side of the weight sync for vLLM: mixed into vLLM's worker as its `worker_extension_cls`.
 
-Importing this module on a CPU platform makes vLLM keep plain linear weights (see `_keep_plain_cpu_weights`), so it is
-imported by the engine's process alone.
+Importing this module on a CPU platform changes two things in vLLM (see `_keep_plain_cpu_weights` and
+`_multiply_by_one_adapter`), so it is imported by the engine's process alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers import utils as vllm_layer_utils
 from vllm.platforms import current_platform
 
@@ -109,5 +110,42 @@ def _keep_plain_cpu_weights() -> None:
     vllm_layer_utils.dispatch_cpu_unquantized_gemm = plain  # type: ignore[assignment]
 
 
+def _multiply_by_one_adapter() -> None:
+    """Make vLLM's CPU LoRA a pair of matrix products.
+
+    Its CPU kernels copy the adapter once a token, to serve many adapters in one batch. There is one here, in slot 0,
+    and every request of a batch uses it or none does; a copy a token more than doubled the time of generation. The
+    platform names the class that does the arithmetic; it is made to name this one.
+    """
+    current_platform.get_punica_wrapper = lambda: f"{__name__}.{OneAdapterWrapper.__name__}"  # type: ignore[method-assign]
+
+
+class OneAdapterWrapper(PunicaWrapperCPU):
+    """vLLM's CPU LoRA arithmetic for `max_loras=1`."""
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **_: Any,
+    ) -> None:
+        """`y[:, slice_i] += scale * x @ A_i^T @ B_i^T`.
+
+        Shapes: y [T, out], x [T, in], A_i [1, 1, rank, in], B_i [1, 1, out_i, rank].
+        """
+        if self.no_lora:
+            return
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        start = 0
+        for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            y[:, start : start + size].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+            start += size
+
+
 if current_platform.is_cpu():
     _keep_plain_cpu_weights()
+    _multiply_by_one_adapter()

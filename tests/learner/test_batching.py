@@ -29,7 +29,7 @@ def test_padding_keeps_targets_masks_and_logprobs_aligned():
     batch = pad(
         [TrainSequence((5, 6), (7, 8, 9), (-1.0, -2.0, -3.0), 0.5), TrainSequence((1, 2, 3), (4,), (-4.0,), -1.0)]
     )
-    assert batch.input_ids_N_L.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]
+    assert batch.input_ids_N_L.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
     assert batch.columns_T.tolist() == [1, 2, 3]
     assert batch.targets_N_T.tolist() == [[7, 8, 9], [3, 4, 0]]
     assert batch.mask_N_T.tolist() == [[1, 1, 1], [0, 1, 0]]

@@ -174,6 +174,8 @@ def test_plugins_that_cannot_be_loaded_are_refused(spec: str):
     [
         ("\\boxed{42}", "42", 1.0),
         ("\\boxed{41}", "42", 0.0),
+        ("\\boxed{ -042 }", "-42", 1.0),
+        ("\\boxed{-42}", "42", 0.0),
         ("first \\boxed{1}, then \\boxed{42}", "42", 1.0),
         ("\\boxed{42}, no: \\boxed{1}", "42", 0.0),
         ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
