@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from hybrid_rl.config import Config, ConfigError, WarmStartConfig
 from hybrid_rl.data import load_rows
@@ -51,6 +52,7 @@ def warm_start(config: Config, console: Console) -> Path:
     seconds = time.perf_counter() - started
     aside = target.with_name(f".writing_{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray starts its workers at niceness 15, behind whatever else runs; these are the job itself.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 import ray.exceptions
