@@ -30,9 +30,9 @@ class RunScreen:
     def __init__(self, config: Config, too_long: int) -> None:
         self._console = Console(soft_wrap=True)
         self._steps = config.steps
-        self._accuracy = float("nan")
+        self._held_out = ""
         if too_long:
-            self._console.print(f"{too_long} training prompts are longer than data.max_prompt_length and were left out")
+            self._console.print(f"training prompts longer than data.max_prompt_length, left out: {too_long}")
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,7 +44,7 @@ class RunScreen:
         self._task = self._progress.add_task("starting workers", total=self._steps)
 
     def __enter__(self) -> RunScreen:
-        self._console.print("starting workers ...")
+        self._console.print("starting workers (about half a minute on a CPU) ...")
         self._progress.start()
         return self
 
@@ -56,10 +56,18 @@ class RunScreen:
     def show_plan(self, plan: AdaptationPlan) -> None:
         self._console.print(plan_table(plan))
 
+    def show_start(self, step: int, evaluation: Mapping[str, float]) -> None:
+        """Where training starts from: step 0, or the one that is resumed."""
+        self._held_out = f"{evaluation['eval/accuracy']:.3f} at step {step}"
+        if step:
+            left = "nothing is left to do" if step == self._steps else f"{self._steps - step} steps are left"
+            self._console.print(f"resumed after step {step} of {self._steps}; {left}")
+
     def show_step(self, row: Mapping[str, float]) -> None:
         step = int(row["step"])
-        self._accuracy = row.get("eval/accuracy", self._accuracy)
-        text = f"step {step}  reward {row['reward/mean']:.3f}  held-out {self._accuracy:.3f}  {row['time/step']:.2f} s"
+        if "eval/accuracy" in row:
+            self._held_out = f"{row['eval/accuracy']:.3f} at step {step}"
+        text = f"step {step}  reward {row['reward/mean']:.3f}  {row['time/step']:.2f} s  held-out {self._held_out}"
         self._progress.update(self._task, completed=step, description=text)
         if not self._console.is_terminal and (step % max(1, self._steps // 20) == 0 or step == self._steps):
             self._console.print(text)
@@ -82,13 +90,17 @@ def plan_table(plan: AdaptationPlan, top: int = 8) -> Table:
     """The best-scored modules and the totals of a plan."""
     totals = plan.totals
     share = totals["full_params"] / max(1, totals["candidate_params"])
-    table = Table("rank", "module", "component", "shape", "score", "treatment", title="Adaptation plan")
+    table = Table("rank", title="Adaptation plan")
+    table.add_column("module", no_wrap=True)
+    for header in ("shape", "score", "treatment"):
+        table.add_column(header)
     for i, m in enumerate(plan.modules[:top], start=1):
         score = "-" if m.score is None else f"{m.score:.3g}"
-        table.add_row(str(i), m.name, m.component, f"{m.shape[0]} x {m.shape[1]}", score, m.treatment)
+        table.add_row(str(i), m.name, f"{m.shape[0]} x {m.shape[1]}", score, m.treatment)
     table.caption = (
         f"{totals['full_modules']} of {totals['candidate_modules']} matrices full ({share:.1%} of their parameters), "
-        f"{totals['lora_modules']} LoRA; {totals['trainable_params']:,} trainable parameters; plan {plan.hash}"
+        f"{totals['lora_modules']} LoRA, {totals['frozen_modules']} frozen; {totals['trainable_params']:,} trainable "
+        f"parameters; plan {plan.hash}"
     )
     return table
 

@@ -60,9 +60,25 @@ class RunDirectory:
         now, then = yaml.safe_load(dump_config(config)), yaml.safe_load(run.config.read_text(encoding="utf-8"))
         changed = [k for k in now if now[k] != then.get(k) and k not in _MAY_CHANGE]
         if changed:
-            details = "; ".join(f"{k}: {then.get(k)} -> {now[k]}" for k in changed)
-            raise ConfigError(f"run.dir={config.run.dir!r} was started with other settings: {details}")
+            flat_then, flat_now = _flatten(then), _flatten(now)
+            details = "; ".join(
+                f"{name}: {flat_then.get(name)} -> {value}"
+                for name, value in flat_now.items()
+                if name.split(".")[0] in changed and flat_then.get(name) != value
+            )
+            raise ConfigError(
+                f"run.dir={config.run.dir!r} was started with other settings ({details}); resume it with its own: "
+                f"hybrid-rl train {run.config} run.dir={config.run.dir} --resume"
+            )
         return run
+
+    def discard(self) -> None:
+        """Remove what `create` made, where the run was refused before it began."""
+        if not self.metrics.exists() and not self.plan.exists():
+            self.config.unlink(missing_ok=True)
+            for directory in (self.rollouts, self.path):
+                with contextlib.suppress(OSError):  # it was there before and holds other things
+                    directory.rmdir()
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text(encoding="utf-8"))
@@ -89,6 +105,14 @@ class RunDirectory:
                 }
                 lines.append(json.dumps(record, default=str))
         (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 _MAY_CHANGE = ("run", "cluster", "tracking", "checkpoint", "reward")

@@ -9,12 +9,11 @@ from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state,
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
 from hybrid_rl.evaluate import evaluate
-from hybrid_rl.learner.assemble import assemble, lr_scale, mini_batches, reward_metrics
+from hybrid_rl.learner.assemble import NO_UPDATE, assemble, lr_scale, mini_batches, reward_metrics
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.report import RunScreen, draw_curve, draw_plan
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
-from hybrid_rl.types import StepStats
 from trainers.setup import Task, Workplace, check_task, make_plan, open_workplace
 
 
@@ -22,6 +21,15 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
     """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can."""
     task = check_task(config)
     run = RunDirectory.open(config) if resume else RunDirectory.create(config, name)
+    try:
+        _run(config, task, run, resume)
+    except ConfigError:
+        run.discard()
+        raise
+    return run
+
+
+def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
         started = time.perf_counter()
         plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace)
@@ -37,6 +45,7 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
         else:
             before = evaluate(workplace.pool, workplace.rewards, task.eval, config)
             run.write_summary({"eval_before": before, "plan_hash": plan.hash})
+        screen.show_start(done.step, done.last_eval or before)
         log = MetricsLog(run, config, last=done.row)
         try:
             after = _loop(config, task, workplace, plan, run, log, screen, done, started)
@@ -53,7 +62,6 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
         )
         draw_curve(run, plan, before)
         screen.show_result(run, before, after)
-    return run
 
 
 def _loop(
@@ -82,7 +90,7 @@ def _loop(
         with clock.time("reward"):
             scored = rewards.score(batch, groups)
         data = assemble(scored.groups)
-        stats = StepStats(dict(_NO_UPDATE), {})
+        stats = NO_UPDATE
         if data.sequences:
             stats = learner.train(
                 workplace.cluster.share(mini_batches(data.sequences, config.batch.mini_batches, scale))
@@ -136,19 +144,3 @@ def _restore(run: RunDirectory, plan: AdaptationPlan, config: Config, workplace:
         )
     workplace.learner.load(str(saved[-1].resolve() / LEARNER))
     return state
-
-
-_NO_UPDATE = {
-    name: 0.0
-    for name in (
-        "policy/loss",
-        "policy/clip_fraction",
-        "policy/rollout_kl",
-        "policy/rollout_logprob_diff",
-        "policy/rollout_logprob_diff_max",
-        "grad_norm/full",
-        "grad_norm/lora",
-        "tokens/trained",
-    )
-}
-"""Metrics of a step on which no group had a signal: nothing was trained."""

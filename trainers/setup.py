@@ -71,6 +71,10 @@ class Workplace:
 
 def check_task(config: Config) -> Task:
     """Read the model's structure, the data and the plan; raise `ConfigError` for whatever cannot work."""
+    if config.warm_start is not None and not Path(config.model.path).exists():
+        raise ConfigError(
+            f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
+        )
     tokenizer = load_tokenizer(config)
     model = _meta_model(config)
     try:

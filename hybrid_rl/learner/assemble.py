@@ -10,7 +10,19 @@ import torch
 
 from hybrid_rl.algorithms import group_normalised, has_signal
 from hybrid_rl.config import LearnerConfig
-from hybrid_rl.types import ScoredGroup, TrainBatch, TrainSequence
+from hybrid_rl.types import ScoredGroup, StepStats, TrainBatch, TrainSequence
+
+NO_UPDATE = StepStats(
+    dict.fromkeys(
+        (
+            *("policy/loss", "policy/clip_fraction", "policy/rollout_kl", "tokens/trained"),
+            *("policy/rollout_logprob_diff", "policy/rollout_logprob_diff_max", "grad_norm/full", "grad_norm/lora"),
+        ),
+        0.0,
+    ),
+    {},
+)
+"""Of a step on which no group had a signal, so that nothing was trained."""
 
 
 @dataclass(frozen=True)

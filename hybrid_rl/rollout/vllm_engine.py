@@ -9,6 +9,9 @@ from typing import Any
 from hybrid_rl.rollout.engine import ADAPTER_RANKS, EngineSettings
 from hybrid_rl.types import Completion, Receipt, Sampling, WeightUpdate
 
+_CPU_BATCH_TOKENS = 8192
+"""Prompt tokens that vLLM takes into one batch on CPU."""
+
 
 class VllmEngine:
     """`RolloutEngine` on vLLM. Full matrices are loaded in place; the adapter is served as a native LoRA."""
@@ -28,7 +31,11 @@ class VllmEngine:
         if settings.adapter_rank:
             reserved = next(r for r in ADAPTER_RANKS if r >= settings.adapter_rank)
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": reserved}
-        if not current_platform.is_cpu():
+        if current_platform.is_cpu():
+            # A prompt cut across batches makes vLLM rewind the request's random generator, which a CPU one cannot.
+            options |= {"enable_chunked_prefill": False, "enforce_eager": True}
+            options |= {"max_num_batched_tokens": max(settings.max_length, _CPU_BATCH_TOKENS)}
+        else:
             options |= {"gpu_memory_utilization": settings.gpu_memory_utilization}
         extension = f"{HybridWeightSync.__module__}.{HybridWeightSync.__qualname__}"
         self._llm = LLM(
@@ -38,7 +45,6 @@ class VllmEngine:
             max_model_len=settings.max_length,
             max_num_seqs=settings.max_concurrent,
             seed=settings.seed,
-            enforce_eager=current_platform.is_cpu(),
             # Log-probabilities of the distribution that was sampled from, temperature included.
             logprobs_mode="processed_logprobs",
             worker_extension_cls=extension,

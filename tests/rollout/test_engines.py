@@ -112,6 +112,17 @@ def test_a_seed_decides_the_completions_of_its_prompt_alone(engine: RolloutEngin
     assert len({c.token_ids for c in together[0]}) > 1, "the completions of a group differ"
 
 
+def test_prompts_that_fill_several_batches_are_seeded_too(engine: RolloutEngine):
+    """More prompt tokens at once than an engine takes into one batch."""
+    prompts = [tuple(2 + (i * j) % 250 for j in range(56)) for i in range(160)]
+    sampling = Sampling(n=1, temperature=1.0, top_p=1.0, max_tokens=2, stop=(), seed=0)
+    seeds = list(range(160))
+    first = engine.generate(prompts, sampling, seeds)
+    assert [c.token_ids for (c,) in engine.generate(prompts[-2:], sampling, seeds[-2:])] == [
+        c.token_ids for (c,) in first[-2:]
+    ]
+
+
 def test_stop_strings_end_a_completion(engine: RolloutEngine):
     (group,) = engine.generate(PROMPTS[:1], GREEDY, SEEDS[:1])
     text = group[0].text
