@@ -135,7 +135,7 @@ def run_quietly(command: list[str], log: Path, **environment: str) -> None:
     with log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=offline | inherited | environment)
     if done.returncode:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:])
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-80:])
         sys.exit(f"{tail}\n{' '.join(command)}: exit status {done.returncode}")
 
 
