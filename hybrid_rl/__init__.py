@@ -10,9 +10,11 @@ _PUBLIC = {
     "Config": "hybrid_rl.config",
     "apply_plan": "hybrid_rl.adaptation",
     "load_config": "hybrid_rl.config",
+    "rank_modules": "trainers.rank",
+    "register_score": "hybrid_rl.scoring",
 }
 
-__all__ = ["AdaptationPlan", "Config", "apply_plan", "load_config"]
+__all__ = ["AdaptationPlan", "Config", "apply_plan", "load_config", "rank_modules", "register_score"]
 
 
 def __getattr__(name: str) -> Any:

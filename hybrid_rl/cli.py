@@ -20,6 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved settings, start nothing"
     )
+    rank = _command(commands, "rank", "rank the modules and write the adaptation plan", _rank)
+    rank.add_argument("--out", metavar="PLAN.json", help="where to write the plan; needed unless --dry-run")
+    rank.add_argument("--plot", metavar="PLAN.png", help="where to draw the heat map; beside the plan by default")
+    rank.add_argument("--compare", metavar="OTHER.json", help="show what differs from this plan")
+    rank.add_argument(
+        "--dry-run", action="store_true", help="candidates, budget and memory from the model's shape; reads no weights"
+    )
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments only in one run; settings may also follow an option.
@@ -55,6 +62,22 @@ def _train(config: Config, options: argparse.Namespace) -> int:
     from trainers.grpo import train
 
     train(config, name=Path(options.config).stem, resume=options.resume)
+    return 0
+
+
+def _rank(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.rank import rank_command, rank_dry_run
+
+    console = Console(soft_wrap=True)
+    if options.dry_run:
+        rank_dry_run(config, console)
+        return 0
+    if options.out is None:
+        raise ConfigError("--out PLAN.json is needed to say where the plan goes")
+    plot, compare = (Path(path) if path else None for path in (options.plot, options.compare))
+    rank_command(config, console, out=Path(options.out), plot=plot, compare=compare)
     return 0
 
 

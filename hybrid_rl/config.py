@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(Exception):
@@ -106,22 +106,90 @@ class BudgetConfig(_Settings):
     """Share of the candidates that may be fully fine-tuned."""
     unit: Literal["params", "modules"] = "params"
     """What the share is of: parameters or matrices."""
+    fill: Literal["skip", "prefix", "knapsack"] = "skip"
+    """Best score first: `skip` passes over a matrix too large for what is left of the budget, `prefix` stops there;
+    `knapsack` takes the set with the largest sum of scores."""
+    quotas: dict[str, Probability] = {}
+    """Component -> the share of the budget that its matrices may take at most, e.g. `{mlp: 0.5}`."""
+
+
+PLACEMENTS = {
+    "all": "attention+recurrent+mlp+expert",
+    # The six conditions a model of arXiv 2604.22127 (repository at 2522b6d, results/discovery), exactly: first its
+    # sequential hybrid, then its parallel one, whose single conditions leave some of the eligible matrices out.
+    "softmax_only": "attention",
+    "gdn_only": "recurrent",
+    "mlp_only": "mlp",
+    "softmax_plus_mlp": "attention+mlp",
+    "gdn_plus_mlp": "recurrent+mlp",
+    "all_layers": "attention+recurrent+mlp",
+    "attention_only": "attention:q_proj|k_proj|v_proj",
+    "ssm_only": "recurrent:in_proj",
+    "attention_plus_mlp": "attention:q_proj|k_proj|v_proj+mlp",
+    "ssm_plus_mlp": "recurrent:in_proj+mlp",
+    "all_eligible": "attention+recurrent:in_proj+mlp+lm_head",
+}
+"""Named placements, and what each stands for."""
+PLACEABLE = ("attention", "recurrent", "mlp", "expert", "lm_head")
+COMPONENTS = (*PLACEABLE, "router", "embedding", "norm", "other")
+
+
+class ProbeConfig(_Settings):
+    """The short LoRA training run along which the `update_*` scores are taken; it leaves no trace in the policy."""
+
+    steps: PositiveInt | None = None
+    """Rollout batches, of the run's own size; 8 % of the run's `steps` by default, at least 8."""
+    mini_batches: PositiveInt = 8
+    """Updates of the probe a rollout batch."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate, falling linearly to a tenth of it; half of LoRA's by default."""
 
 
 class PlanConfig(_Settings):
     path: str | None = None
     """Use this plan file instead of ranking."""
-    score: Literal["adam_tail_split", "grad_tail_split", "grad_norm", "random"] = "adam_tail_split"
-    """How modules are ranked; see `hybrid_rl/scoring`."""
+    score: str = "update_tail_split"
+    """How modules are ranked: a name of `hybrid-rl rank --scores`, or your own as `module:function`."""
     score_rank: PositiveInt = 2
     """Rank whose truncation the tail scores measure."""
     prompts: Annotated[int, Field(ge=2)] = 128
-    """Prompts whose rollouts the gradient scores see, in two disjoint halves."""
+    """Prompts whose rollouts the gradient scores of the base policy see, in two disjoint halves."""
+    probe: ProbeConfig = ProbeConfig()
+    manual: dict[str, float] = {}
+    """Scores of `plan.score=manual`: pattern of module names -> score. The last match counts; other modules score 0."""
     budget: BudgetConfig = BudgetConfig()
-    placement: Literal["all", "attention", "recurrent", "mlp"] = "all"
-    """Components whose matrices are candidates."""
+    placement: str = "all"
+    """Components whose linear layers are candidates: `all`, components joined by `+` (`attention+mlp`), one of them
+    narrowed to some leaves (`attention:q_proj|v_proj`), or a condition of arXiv 2604.22127 (`softmax_only`, ...)."""
+    include: list[str] = []
+    """Patterns of further linear layers that are candidates, whatever their component."""
+    exclude: list[str] = []
+    """Patterns of candidates that are left as they are."""
+    also_full: list[str] = []
+    """Patterns of weights to fine-tune fully outside the budget: routers, gates, norms, `A_log`, convolutions."""
+    components: dict[str, str] = {}
+    """Pattern of module or parameter names -> component, where the model's structure cannot be read or is misread."""
     rest: Literal["lora", "frozen"] = "lora"
     """Treatment of the candidates outside the budget."""
+
+    @field_validator("placement")
+    @classmethod
+    def _known_placement(cls, value: str) -> str:
+        for term in PLACEMENTS.get(value, value).split("+"):
+            if term.partition(":")[0] not in PLACEABLE:
+                raise ValueError(
+                    f"{term!r} is no component; use {', '.join(PLACEABLE)}, joined by +, or one of "
+                    f"{', '.join(PLACEMENTS)}"
+                )
+        return value
+
+    @field_validator("components")
+    @classmethod
+    def _known_components(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(value.values()) - set(COMPONENTS))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no component; use one of {', '.join(COMPONENTS)}")
+        return value
 
 
 class FullConfig(_Settings):
@@ -138,9 +206,16 @@ class LoraConfig(_Settings):
     rank: PositiveInt = 16
     alpha: Annotated[float, Field(gt=0)] | None = None
     """LoRA scaling numerator; 2 x `lora.rank` by default."""
+    ranks: dict[str, PositiveInt] = {}
+    """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Clip of this group's gradient norm, on its own."""
+
+    @property
+    def resolved_alpha(self) -> float:
+        """`alpha` with its default resolved."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class LearnerConfig(_Settings):
@@ -289,9 +364,14 @@ class Config(_Settings):
         return 10 * self.full.lr if self.lora.lr is None else self.lora.lr
 
     @property
-    def lora_alpha(self) -> float:
-        """LoRA alpha with its default resolved."""
-        return 2.0 * self.lora.rank if self.lora.alpha is None else self.lora.alpha
+    def probe_lr(self) -> float:
+        """The ranking probe's learning rate with its default resolved."""
+        return self.lora_lr / 2 if self.plan.probe.lr is None else self.plan.probe.lr
+
+    @property
+    def probe_steps(self) -> int:
+        """The ranking probe's rollout batches with their default resolved."""
+        return max(8, round(0.08 * self.steps)) if self.plan.probe.steps is None else self.plan.probe.steps
 
     @property
     def completions_per_step(self) -> int:
@@ -335,7 +415,8 @@ class Config(_Settings):
                 f"adaptation={self.adaptation} makes its own plan, but plan.path={self.plan.path!r} is given; "
                 "drop one of them"
             )
-        making, ranking = changed & {"budget", "score", "placement", "rest"}, changed & {"budget", "score"}
+        ranking = changed & {"budget", "score", "manual"}
+        making = ranking | (changed & {"placement", "include", "exclude", "also_full", "rest"})
         if self.plan.path is not None and making:
             raise ValueError(
                 f"plan.path={self.plan.path!r} gives a finished plan, which plan.{min(making)} cannot change; "

@@ -1,7 +1,7 @@
 """The adaptation plan: for every candidate matrix its component, its score and its treatment.
 
 `plan.json` is the one place where a run's trained modules are listed; the optimizer groups, the weight sync, the
-receipts and the checkpoints all derive from it.
+receipts and the checkpoints all derive from it. Modules are named in full, never by suffix or pattern.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from hybrid_rl.components import Matrix
-from hybrid_rl.config import ConfigError
+from hybrid_rl.components import Anatomy, Weight
+from hybrid_rl.config import PLACEMENTS, Config, ConfigError, LoraConfig, PlanConfig
 from hybrid_rl.files import write_atomically
 
 Treatment = Literal["full", "lora", "frozen"]
@@ -24,12 +25,13 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One candidate matrix and what is done with it."""
+    """One weight and what is done with it."""
 
     name: str
+    """Module whose `weight` it is, or the full name of a bare parameter."""
     component: str
-    layer: int
-    shape: tuple[int, int]
+    layer: int | None
+    shape: tuple[int, ...]
     params: int
     score: float | None
     rank: int | None
@@ -37,6 +39,12 @@ class PlannedModule:
     alpha: float | None
     """LoRA scaling numerator; `None` unless the treatment is `lora`."""
     treatment: Treatment
+    slices: tuple[tuple[str, int], ...] = ()
+    """Parts of a fused projection, in the order of its rows: name and rows. They share one treatment."""
+    extra: bool = False
+    """Full by `plan.also_full`, outside the budget and the ranking."""
+    note: str | None = None
+    """Why the treatment is not the one that the settings ask for."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,17 @@ class AdaptationPlan:
         return [m for m in self.modules if m.treatment == treatment]
 
     @property
+    def candidates(self) -> list[PlannedModule]:
+        """The modules that were ranked, in rank order."""
+        return [m for m in self.modules if not m.extra]
+
+    @property
     def totals(self) -> dict[str, int]:
         """Matrices and parameters by treatment, and the trainable parameters they come to."""
-        totals = {"candidate_modules": len(self.modules), "candidate_params": sum(m.params for m in self.modules)}
+        totals = _sizes("candidate", self.candidates)
         for treatment in ("full", "lora", "frozen"):
-            chosen = self.named(treatment)
-            totals |= {f"{treatment}_modules": len(chosen), f"{treatment}_params": sum(m.params for m in chosen)}
+            totals |= _sizes(treatment, self.named(treatment))
+        totals |= _sizes("extra", [m for m in self.modules if m.extra])
         totals["lora_adapter_params"] = sum((m.rank or 0) * sum(m.shape) for m in self.named("lora"))
         totals["trainable_params"] = totals["full_params"] + totals["lora_adapter_params"]
         return totals
@@ -88,18 +101,18 @@ class AdaptationPlan:
         write_atomically(Path(path), self.to_json())
 
     @staticmethod
-    def load(path: str | Path) -> AdaptationPlan:
-        """Read a plan, possibly edited by hand."""
+    def load(path: str | Path, setting: str = "plan.path") -> AdaptationPlan:
+        """Read a plan, possibly edited by hand; `setting` is what the error messages call it."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"plan.path={str(path)!r} does not exist") from None
+            raise ConfigError(f"{setting}={str(path)!r} does not exist") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"plan.path={str(path)!r} cannot be read: {error}") from None
+            raise ConfigError(f"{setting}={str(path)!r} cannot be read: {error}") from None
         try:
             return AdaptationPlan.from_json(text)
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"plan.path={str(path)!r} is not a plan: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"{setting}={str(path)!r} is not a plan: {type(error).__name__}: {error}") from None
 
     @staticmethod
     def from_json(text: str) -> AdaptationPlan:
@@ -107,89 +120,365 @@ class AdaptationPlan:
         tree = json.loads(text)
         if tree["version"] != PLAN_VERSION:
             raise ValueError(f"it has version {tree['version']}, this program reads version {PLAN_VERSION}")
-        modules = tuple(PlannedModule(**{**m, "shape": tuple(m["shape"])}) for m in tree["modules"])
+        modules = tuple(_module(m) for m in tree["modules"])
         return AdaptationPlan(tree["model"], tree["topology"], tree["method"], tree["seed"], modules)
 
-    def check_against(self, candidates: Sequence[Matrix]) -> None:
+    def check_against(self, anatomy: Anatomy) -> None:
         """Refuse a plan that was made for another model, or edited into something that cannot be trained."""
-        shapes = {c.name: c.shape for c in candidates}
-        if len({m.name for m in self.modules}) != len(self.modules):
-            raise ConfigError("the plan lists a module twice")
+        weights = {w.name: w for w in anatomy.weights}
+        seen: set[str] = set()
         for m in self.modules:
-            if m.name not in shapes:
-                raise ConfigError(
-                    f"the plan names module {m.name}, which this model does not have; rank this model anew"
-                )
-            if shapes[m.name] != m.shape:
-                raise ConfigError(f"the plan gives {m.name} the shape {m.shape}, this model {shapes[m.name]}")
-            if m.treatment not in ("full", "lora", "frozen"):
-                raise ConfigError(f"the plan treats {m.name} as {m.treatment!r}; use full, lora or frozen")
-            if m.treatment == "lora":
-                if not (_is_number(m.rank, int) and _is_number(m.alpha, (int, float))):
-                    raise ConfigError(f"the plan treats {m.name} as lora without a positive rank and alpha")
-                check_rank(m.rank or 0, m.name, m.shape)
+            if m.name in seen:
+                raise ConfigError(f"the plan lists {m.name} twice")
+            seen.add(m.name)
+        self._check_same_model(weights, {w.name for w in anatomy.candidates})
+        for m in self.modules:
+            _check_treatment(m, weights[m.name])
         if not any(m.treatment != "frozen" for m in self.modules):
             raise ConfigError("the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora")
 
+    def _check_same_model(self, weights: Mapping[str, Weight], candidates: Collection[str]) -> None:
+        absent = [m.name for m in self.modules if m.name not in weights]
+        changed = [m for m in self.modules if m.name in weights and weights[m.name].shape != m.shape]
+        if not absent and not changed:
+            return
+        unlisted = sorted(set(candidates) - {m.name for m in self.modules})
+        lines = [f"the plan was made for another model ({self.model}); rank this one anew. What differs:"]
+        if absent:
+            lines.append(f"  {len(absent)} modules that this model does not have, e.g. {absent[0]}")
+        if changed:
+            m = changed[0]
+            lines.append(f"  {len(changed)} of another shape, e.g. {m.name} {m.shape}, here {weights[m.name].shape}")
+        if unlisted:
+            lines.append(f"  {len(unlisted)} of this model's candidates are not in the plan, e.g. {unlisted[0]}")
+        raise ConfigError("\n".join(lines))
 
-def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+def _module(tree: Mapping[str, Any]) -> PlannedModule:
+    slices = tuple((str(name), int(rows)) for name, rows in tree.get("slices", ()))
+    return PlannedModule(**{**tree, "shape": tuple(tree["shape"]), "slices": slices})
 
 
-def check_rank(rank: int, name: str, shape: tuple[int, int]) -> None:
-    """Refuse a LoRA rank that the matrix cannot have."""
-    if rank > min(shape):
+def _sizes(label: str, modules: Sequence[PlannedModule]) -> dict[str, int]:
+    return {f"{label}_modules": len(modules), f"{label}_params": sum(m.params for m in modules)}
+
+
+def _check_treatment(m: PlannedModule, weight: Weight) -> None:
+    """Refuse a treatment that this weight cannot have."""
+    if m.treatment not in ("full", "lora", "frozen"):
+        raise ConfigError(f"the plan treats {m.name} as {m.treatment!r}; use full, lora or frozen")
+    if m.treatment == "full":
+        check_full(weight)
+    if m.treatment == "lora":
+        if not (_is_positive(m.rank, int) and _is_positive(m.alpha, (int, float))):
+            raise ConfigError(f"the plan treats {m.name} as lora without a positive rank and alpha")
+        reason = "it is not the weight of a linear layer" if not weight.linear else weight.no_lora
+        if reason:
+            raise ConfigError(f"the plan treats {m.name} as lora, but {reason}; use full or frozen")
+        if (m.rank or 0) > min(m.shape):
+            raise ConfigError(
+                f"the plan gives {m.name} of shape {_by(m.shape)} the rank {m.rank}; use at most {min(m.shape)}"
+            )
+
+
+def check_full(weight: Weight) -> None:
+    """Refuse full fine-tuning of a weight whose gradient or value would not be its own."""
+    if weight.quantised:
         raise ConfigError(
-            f"lora.rank={rank} is larger than {name} of shape {shape[0]}x{shape[1]}; use at most {min(shape)}"
+            f"{weight.name} is quantised and cannot be fully fine-tuned; load the model unquantised, or use lora"
+        )
+    if weight.component in ("embedding", "lm_head") and weight.tied:
+        raise ConfigError(
+            f"{weight.name} is tied to {weight.tied[0]}: training one would train the other; leave it out of the plan"
         )
 
 
+def _is_positive(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
+def select_candidates(anatomy: Anatomy, settings: PlanConfig) -> list[Weight]:
+    """The linear layers that `plan.placement`, `plan.include` and `plan.exclude` choose, in the model's order."""
+    terms = _placement_terms(settings.placement)
+    ranked = {w.name for w in anatomy.candidates}
+    linear = [w for w in anatomy.weights if w.linear]
+    included = matching(linear, settings.include, "plan.include", "linear layer")
+    placed = {
+        w.name
+        for w in linear
+        if (w.name in ranked or w.component == "lm_head") and any(_fits(w, term) for term in terms)
+    }
+    if not placed and not included:
+        raise ConfigError(f"plan.placement={settings.placement}: this {anatomy.topology} model has no such matrices")
+    chosen = [w for w in linear if w.name in placed | included]
+    excluded = matching(chosen, settings.exclude, "plan.exclude", "candidate")
+    chosen = [w for w in chosen if w.name not in excluded]
+    if not chosen:
+        raise ConfigError(f"plan.exclude={settings.exclude} leaves no candidate")
+    for w in chosen:
+        if w.component in ("embedding", "lm_head") and w.tied:
+            raise ConfigError(f"{w.name} is tied to {w.tied[0]} and cannot be adapted on its own; leave it out")
+    return chosen
+
+
+def select_extras(anatomy: Anatomy, settings: PlanConfig, candidates: Sequence[Weight]) -> list[Weight]:
+    """The weights that `plan.also_full` names: routers, gates, norms, decay rates, convolutions, expert stacks."""
+    names = matching(anatomy.weights, settings.also_full, "plan.also_full", "weight")
+    both = sorted(names & {w.name for w in candidates})
+    if both:
+        raise ConfigError(
+            f"plan.also_full matches {both[0]}, a candidate that the budget decides on; narrow the pattern, "
+            "or take the module out with plan.exclude"
+        )
+    extras = [w for w in anatomy.weights if w.name in names]
+    for w in extras:
+        check_full(w)
+    return extras
+
+
+def matching(weights: Iterable[Weight], patterns: Sequence[str], setting: str, what: str) -> set[str]:
+    """Names that match any of the shell-style patterns. A pattern that matches nothing is refused."""
+    names = [w.name for w in weights]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ConfigError(f"{setting}: {pattern!r} matches no {what}; names look like {names[0]}")
+        found |= matched
+    return found
+
+
+def _placement_terms(placement: str) -> list[tuple[str, tuple[str, ...]]]:
+    """`attention:q_proj|v_proj+mlp` -> [("attention", ("q_proj", "v_proj")), ("mlp", ())]."""
+    terms = []
+    for term in PLACEMENTS.get(placement, placement).split("+"):
+        component, _, leaves = term.partition(":")
+        terms.append((component, tuple(leaves.split("|")) if leaves else ()))
+    return terms
+
+
+def _fits(weight: Weight, term: tuple[str, tuple[str, ...]]) -> bool:
+    component, leaves = term
+    return weight.component == component and (not leaves or weight.name.rpartition(".")[2] in leaves)
+
+
 def build_plan(
-    candidates: Sequence[Matrix],
+    anatomy: Anatomy,
     scores: Mapping[str, float],
     *,
     model: str,
-    topology: str,
     method: Mapping[str, Any],
     seed: int,
     ratio: float,
-    unit: Literal["params", "modules"],
-    rest: Literal["lora", "frozen"],
-    rank: int,
-    alpha: float,
+    settings: PlanConfig,
+    lora: LoraConfig,
+    unreached: Collection[str] = (),
 ) -> AdaptationPlan:
-    """Give the best-scored candidates full treatment as long as they fit the budget, and `rest` to the others.
+    """Give the best-scored candidates full treatment within the budget, and `settings.rest` to the others.
 
-    The budget is `ratio` of the candidates' parameters or number; a candidate that does not fit is passed over for
-    smaller ones behind it. Ties are broken by name. `scores` may be empty when the budget takes none or all.
+    The budget is `ratio` of the candidates' parameters or number. `scores` may be empty when it takes none or all of
+    them. Ties are broken by name. `unreached` are modules that no gradient reaches: they are frozen.
     """
-    if scores and set(scores) != {c.name for c in candidates}:
-        raise ValueError("scores and candidates name different modules")
+    candidates = select_candidates(anatomy, settings)
+    extras = select_extras(anatomy, settings, candidates)
+    names = {c.name for c in candidates}
+    if scores and set(scores) != names:
+        raise ValueError(f"scores and candidates name different modules: {sorted(set(scores) ^ names)[:3]}")
     broken = [name for name, score in scores.items() if not math.isfinite(score)]
     if broken:
         raise ValueError(f"scores are not finite: {broken[:3]}")
     ordered = sorted(candidates, key=lambda c: (-scores.get(c.name, 0.0), c.name))
-    cost = {c.name: (c.params if unit == "params" else 1) for c in ordered}
-    left = ratio * sum(cost.values())
+    eligible = [c for c in ordered if not c.quantised and c.name not in unreached]
+    full = choose_full(eligible, scores, ratio=ratio, settings=settings, of=candidates)
+    ranks = _ranks(candidates, lora)
     modules = []
     for c in ordered:
-        treatment: Treatment = "full" if cost[c.name] <= left else rest
-        if treatment == "full":
-            left -= cost[c.name]
-        lora = treatment == "lora"
-        modules.append(
-            PlannedModule(
-                name=c.name,
-                component=c.component,
-                layer=c.layer,
-                shape=c.shape,
-                params=c.params,
-                score=scores.get(c.name),
-                rank=rank if lora else None,
-                alpha=alpha if lora else None,
-                treatment=treatment,
-            )
-        )
-    plan = AdaptationPlan(model, topology, method, seed, tuple(modules))
-    plan.check_against(candidates)
+        treatment, note = _treatment(c, c.name in full, settings.rest, c.name in unreached)
+        rank, note = _fitting_rank(c, ranks[c.name], note) if treatment == "lora" else (None, note)
+        alpha = lora.resolved_alpha * rank / lora.rank if rank is not None else None
+        modules.append(_planned(c, treatment, scores.get(c.name), rank, alpha, note=note))
+    modules += [_planned(w, "full", None, None, None, extra=True) for w in extras]
+    plan = AdaptationPlan(model, anatomy.topology, method, seed, tuple(modules))
+    plan.check_against(anatomy)
     return plan
+
+
+def choose_full(
+    ordered: Sequence[Weight],
+    scores: Mapping[str, float],
+    *,
+    ratio: float,
+    settings: PlanConfig,
+    of: Sequence[Weight],
+) -> set[str]:
+    """Names of the candidates, given best first, that full fine-tuning is spent on.
+
+    The budget is `ratio` of the weights `of`, in `settings.budget.unit`. `skip` passes over a candidate that does not
+    fit what is left, `prefix` stops at it, `knapsack` takes the set of largest total score, a score being per parameter
+    where the unit is parameters. `quotas` caps a component's share of the budget.
+    """
+    budget = settings.budget
+    cost = {c.name: c.params if budget.unit == "params" else 1 for c in of}
+    total = ratio * sum(cost.values())
+    caps = {component: share * total for component, share in budget.quotas.items()}
+    unknown = sorted(caps.keys() - {c.component for c in of})
+    if unknown:
+        raise ConfigError(f"plan.budget.quotas names {unknown[0]}, of which there are no candidates")
+    if budget.fill == "knapsack" and 0 < ratio < 1:
+        return _knapsack(ordered, scores, cost, total, caps)
+    spent: dict[str, float] = {}
+    full: set[str] = set()
+    for c in ordered:
+        fits = sum(spent.values()) + cost[c.name] <= total
+        within = spent.get(c.component, 0.0) + cost[c.name] <= caps.get(c.component, math.inf)
+        if fits and within:
+            spent[c.component] = spent.get(c.component, 0.0) + cost[c.name]
+            full.add(c.name)
+        elif budget.fill == "prefix" and not fits:
+            break
+    return full
+
+
+def _knapsack(
+    ordered: Sequence[Weight],
+    scores: Mapping[str, float],
+    cost: Mapping[str, int],
+    total: float,
+    caps: Mapping[str, float],
+) -> set[str]:
+    """The set of largest summed value within the budget and the caps: an integer program, solved exactly (HiGHS)."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    costs = np.array([cost[c.name] for c in ordered], dtype=float)
+    values = np.array([scores[c.name] for c in ordered]) * costs
+    scale = max(float(np.abs(values).max()), 1e-300)
+    rows, limits = [costs / costs.sum()], [total / costs.sum()]
+    for component, cap in caps.items():
+        rows.append(np.array([c.component == component for c in ordered]) * costs / costs.sum())
+        limits.append(cap / costs.sum())
+    result = milp(
+        -values / scale,
+        integrality=np.ones(len(ordered)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(np.array(rows), -np.inf, np.array(limits)),  # pyright: ignore[reportArgumentType]
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        raise RuntimeError(f"the knapsack was not solved: {result.message}")
+    return {c.name for c, taken in zip(ordered, result.x, strict=True) if taken > 0.5}
+
+
+def _treatment(weight: Weight, full: bool, rest: Treatment, unreached: bool) -> tuple[Treatment, str | None]:
+    """What is done with a candidate, and why where it is not what the settings ask for."""
+    if unreached:
+        return "frozen", "no gradient reaches it"
+    if full:
+        return "full", None
+    if rest == "lora" and weight.no_lora:
+        return "frozen", f"LoRA cannot serve it: {weight.no_lora}"
+    return rest, None
+
+
+def _ranks(candidates: Sequence[Weight], lora: LoraConfig) -> dict[str, int]:
+    """Every candidate's LoRA rank as configured: the last of `lora.ranks`' patterns that matches, else `lora.rank`."""
+    ranks = {c.name: lora.rank for c in candidates}
+    for pattern, rank in lora.ranks.items():
+        for name in matching(candidates, [pattern], "lora.ranks", "candidate"):
+            ranks[name] = rank
+    return ranks
+
+
+def _fitting_rank(weight: Weight, rank: int, note: str | None) -> tuple[int, str | None]:
+    """A matrix has no more ranks than its smaller side."""
+    most = min(weight.shape)
+    if rank <= most:
+        return rank, note
+    return most, f"rank {rank} lowered to {most}: the matrix is {_by(weight.shape)}"
+
+
+def _planned(
+    weight: Weight,
+    treatment: Treatment,
+    score: float | None,
+    rank: int | None,
+    alpha: float | None,
+    *,
+    extra: bool = False,
+    note: str | None = None,
+) -> PlannedModule:
+    return PlannedModule(
+        name=weight.name,
+        component=weight.component,
+        layer=weight.layer,
+        shape=weight.shape,
+        params=weight.params,
+        score=score,
+        rank=rank,
+        alpha=alpha,
+        treatment=treatment,
+        slices=weight.slices,
+        extra=extra,
+        note=note,
+    )
+
+
+def probe_plan(anatomy: Anatomy, config: Config) -> AdaptationPlan:
+    """LoRA on every candidate that can have it: what a probe trains."""
+    settings = config.plan.model_copy(update={"rest": "lora", "also_full": []})
+    return build_plan(
+        anatomy,
+        {},
+        model=config.model.path,
+        method={"probe": True},
+        seed=config.seed,
+        ratio=0.0,
+        settings=settings,
+        lora=config.lora,
+    )
+
+
+@dataclass(frozen=True)
+class PlanDifference:
+    """How one plan differs from another."""
+
+    same_full: int
+    """Modules full in both."""
+    full_overlap: float
+    """Modules full in both, as a share of those full in either (1 where neither has any)."""
+    rank_correlation: float | None
+    """Spearman's, of the scores of the modules in both plans; `None` where fewer than two have scores."""
+    moved: tuple[tuple[str, str, str], ...]
+    """Name, treatment in the first, treatment in the second (`absent` where it is not listed), in the first's order."""
+
+
+def compare_plans(first: AdaptationPlan, second: AdaptationPlan) -> PlanDifference:
+    """What changed from `first` to `second`. LoRA of another rank counts as another treatment."""
+    one, two = ({m.name: m for m in plan.modules} for plan in (first, second))
+    full_one, full_two = ({m.name for m in plan.named("full")} for plan in (first, second))
+    either = full_one | full_two
+    labels = {name: (_label(one.get(name)), _label(two.get(name))) for name in dict.fromkeys([*one, *two])}
+    moved = tuple((name, a, b) for name, (a, b) in labels.items() if a != b)
+    pairs = [(m.score, two[m.name].score) for m in first.candidates if m.name in two]
+    scored = [(a, b) for a, b in pairs if a is not None and b is not None]
+    overlap = len(full_one & full_two) / len(either) if either else 1.0
+    return PlanDifference(len(full_one & full_two), overlap, _spearman(scored), moved)
+
+
+def _label(module: PlannedModule | None) -> str:
+    if module is None:
+        return "absent"
+    return f"lora r={module.rank}" if module.treatment == "lora" else module.treatment
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    from scipy.stats import spearmanr
+
+    if len(pairs) < 2:
+        return None
+    value = float(spearmanr(*zip(*pairs, strict=True)).statistic)  # type: ignore[union-attr]
+    return value if math.isfinite(value) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,12 +14,16 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hybrid_rl.config import Config
-from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.components import Anatomy, Weight
+from hybrid_rl.config import COMPONENTS, Config
+from hybrid_rl.estimate import FP32, training_memory
+from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule
+from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
 
 _COLOURS = {"accuracy": "#1b6ca8", "sampled": "#e07a1f", "reward": "#9aa5ad"}
@@ -53,6 +58,13 @@ class RunScreen:
     ) -> None:
         self._progress.stop()
 
+    def show_ranking(self, what: str, done: int, of: int) -> None:
+        """How far the ranking of the modules has come."""
+        text = f"ranking modules: {what} {done}/{of}"
+        self._progress.update(self._task, description=text)
+        if not self._console.is_terminal and done == 0:
+            self._console.print(f"{text} ...")
+
     def show_plan(self, plan: AdaptationPlan) -> None:
         self._console.print(plan_table(plan))
 
@@ -86,28 +98,132 @@ class RunScreen:
         self._console.print(f"learning curve  {run.curve}")
 
 
+class Bar:
+    """A progress bar for work whose parts are named as they come; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._console = console
+        self._task = self._progress.add_task("", total=1)
+        self._shown = ""
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, what: str, done: int, of: int) -> None:
+        """`done` of `of` parts of `what` are finished."""
+        self._progress.update(self._task, description=what, completed=done, total=of)
+        if not self._console.is_terminal and what != self._shown:
+            self._console.print(f"{what} ...")
+        self._shown = what
+
+
 def plan_table(plan: AdaptationPlan, top: int = 8) -> Table:
     """The best-scored modules and the totals of a plan."""
     totals = plan.totals
-    share = totals["full_params"] / max(1, totals["candidate_params"])
+    share = (totals["full_params"] - totals["extra_params"]) / max(1, totals["candidate_params"])
     table = Table("rank", title="Adaptation plan")
     table.add_column("module", no_wrap=True)
     for header in ("shape", "score", "treatment"):
         table.add_column(header)
     for i, m in enumerate(plan.modules[:top], start=1):
-        score = "-" if m.score is None else f"{m.score:.3g}"
-        table.add_row(str(i), m.name, f"{m.shape[0]} x {m.shape[1]}", score, m.treatment)
+        table.add_row(str(i), m.name, by(m.shape), "-" if m.score is None else f"{m.score:.3g}", m.treatment)
+    extra = f" and {totals['extra_modules']} more by plan.also_full" if totals["extra_modules"] else ""
     table.caption = (
-        f"{totals['full_modules']} of {totals['candidate_modules']} matrices full ({share:.1%} of their parameters), "
-        f"{totals['lora_modules']} LoRA, {totals['frozen_modules']} frozen; {totals['trainable_params']:,} trainable "
-        f"parameters; plan {plan.hash}"
+        f"{totals['full_modules'] - totals['extra_modules']} of {totals['candidate_modules']} matrices full "
+        f"({share:.1%} of their parameters){extra}, {totals['lora_modules']} LoRA, {totals['frozen_modules']} frozen; "
+        f"{totals['trainable_params']:,} trainable parameters; plan {plan.hash}"
     )
     return table
 
 
+def totals_table(plan: AdaptationPlan) -> Table:
+    """What the plan does by component."""
+    table = Table("component", "matrices", "parameters", "full", "LoRA", "frozen", "full parameters")
+    table.title = f"By component ({plan.topology})"
+    for component in dict.fromkeys(m.component for m in plan.modules):
+        members = [m for m in plan.modules if m.component == component]
+        full = sum(m.params for m in members if m.treatment == "full")
+        counts = [str(sum(m.treatment == t for m in members)) for t in ("full", "lora", "frozen")]
+        size = sum(m.params for m in members)
+        table.add_row(component, str(len(members)), f"{size:,}", *counts, f"{full:,} ({full / size:.1%})")
+    for note, count in Counter(m.note for m in plan.modules if m.note).most_common(4):
+        table.caption = f"{table.caption or ''}{count} x {note}\n"
+    return table
+
+
+def difference_table(difference: PlanDifference, other: str, top: int = 12) -> Table:
+    """What changed from another plan."""
+    table = Table("module", "there", "here", title=f"Compared with {other}")
+    for row in difference.moved[:top]:
+        table.add_row(*row)
+    left = len(difference.moved) - top
+    correlation = difference.rank_correlation
+    table.caption = (
+        f"{f'and {left} more; ' if left > 0 else ''}{len(difference.moved)} modules treated otherwise; full in both: "
+        f"{difference.same_full} (overlap {difference.full_overlap:.0%}); rank correlation of the scores: "
+        f"{'-' if correlation is None else f'{correlation:.2f}'}"
+    )
+    return table
+
+
+def draft_tables(
+    config: Config, anatomy: Anatomy, candidates: Sequence[Weight], plans: Mapping[str, AdaptationPlan], kinds: int
+) -> list[Table]:
+    """What a ranking would be of and what training under each of `plans` would take, from shapes alone; `kinds` of view
+    are kept while ranking."""
+    overview = Table("component", "candidates", "parameters", title=f"Candidates ({anatomy.topology})")
+    for component in dict.fromkeys(w.component for w in candidates):
+        members = [w for w in candidates if w.component == component]
+        overview.add_row(component, str(len(members)), f"{sum(w.params for w in members):,}")
+    total, ratio = sum(w.params for w in candidates), config.plan.budget.ratio
+    whole = sum(w.params for w in anatomy.weights)
+    sketches = FP32 * sketch_floats(candidates, kinds, config.plan.score_rank)
+    size = {"float32": 4, "bfloat16": 2}[config.model.dtype]
+    overview.caption = (
+        f"{len(candidates)} matrices, {total:,} of the model's {whole:,} parameters; a budget of {ratio:.0%} is "
+        f"{ratio * total:,.0f} parameters, or {int(ratio * len(candidates))} matrices; ranking by {config.plan.score} "
+        f"keeps {_gib(sketches)} of sketches ({sketches / (size * whole):.1%} of the model's bytes)"
+    )
+    parts = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "Adam moments"}
+    memory = Table("", "everything full", *plans)
+    memory.title = f"Memory of training, all ranks together ({config.model.dtype})"
+    trained = [whole, *(plan.totals["trainable_params"] for plan in plans.values())]
+    sides = [training_memory(anatomy, count, config.model.dtype) for count in trained]
+    memory.add_row("trained parameters", *(f"{count:,}" for count in trained))
+    for part, label in {**parts, "total": "total", "payload": "weight update"}.items():
+        memory.add_row(label, *(_gib(getattr(side, part)) for side in sides))
+    memory.caption = (
+        "activations, logits and the rollout engines apart; the hybrids with the largest matrices full, an upper bound"
+    )
+    return [overview, memory]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def by(shape: Sequence[int]) -> str:
+    """`64 x 128`"""
+    return " x ".join(str(n) for n in shape)
+
+
 def draw_plan(plan: AdaptationPlan, path: Path) -> None:
     """Heat map of the plan: layer by module kind, coloured by score, full modules outlined."""
-    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(_kinds(plan)), 1.6 + 0.42 * _layers(plan)))
+    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(_kinds(plan)), 2.4 + min(0.42 * _layers(plan), 9.0)))
     _plot_plan(axes, plan)
     _save(figure, path)
 
@@ -136,32 +252,50 @@ def draw_curve(run: RunDirectory, plan: AdaptationPlan, before: Mapping[str, flo
 
 
 def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:
-    kinds = _kinds(plan)
+    """Scores are coloured by rank: their values span orders of magnitude."""
+    kinds, modules = _kinds(plan), _plotted(plan)
+    scores = sorted({m.score for m in modules if m.score is not None})
+    place = {score: i / max(1, len(scores) - 1) for i, score in enumerate(scores)}
     grid = [[float("nan")] * len(kinds) for _ in range(_layers(plan))]
-    for m in plan.modules:
-        grid[m.layer][kinds.index(_kind(m.name))] = m.score if m.score is not None else 0.0
-    axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower")
-    for m in plan.modules:
+    for m in modules:
+        grid[m.layer or 0][kinds.index(_kind(m))] = place[m.score] if m.score is not None else 0.0
+    axes.set_facecolor("#eceff1")  # where a layer has no such module
+    axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
+    for m in modules:
         if m.treatment == "full":
-            corner = (kinds.index(_kind(m.name)) - 0.46, m.layer - 0.46)
-            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=2.5))
-    axes.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right")
-    axes.set_yticks(range(_layers(plan)))
-    axes.set(ylabel="layer", title="Plan: score (blue), full (outlined)")
+            corner = (kinds.index(_kind(m)) - 0.46, (m.layer or 0) - 0.46)
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=2.0))
+        if m.treatment == "frozen":
+            axes.text(kinds.index(_kind(m)), m.layer or 0, "x", ha="center", va="center", color="#667077", fontsize=7)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
+    frozen = ", frozen (x)" if any(m.treatment == "frozen" for m in modules) else ""
+    axes.set(ylabel="layer", title=f"Plan: rank of score (blue), full (outlined){frozen}")
 
 
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
+def _plotted(plan: AdaptationPlan) -> list[PlannedModule]:
+    """The modules that have a place in a layer."""
+    return [m for m in plan.modules if m.layer is not None]
+
+
+def _kind(module: PlannedModule) -> str:
+    """The name within the layer, as short as tells what it is: `self_attn.q_proj`."""
+    _, _, inside = module.name.partition(f".{module.layer}.")
+    parts = inside.split(".")
+    shown = (
+        2 if not parts[-1].isdigit() else 1 + next(i for i, part in enumerate(reversed(parts)) if not part.isdigit())
+    )
+    return ".".join(parts[-shown:])
 
 
 def _kinds(plan: AdaptationPlan) -> list[str]:
-    return list(
-        dict.fromkeys(_kind(m.name) for m in sorted(plan.modules, key=lambda m: (m.layer, m.component, m.name)))
-    )
+    order = {component: i for i, component in enumerate(COMPONENTS)}
+    modules = sorted(_plotted(plan), key=lambda m: (order.get(m.component, 99), m.layer or 0, m.name))
+    return list(dict.fromkeys(_kind(m) for m in modules))
 
 
 def _layers(plan: AdaptationPlan) -> int:
-    return 1 + max(m.layer for m in plan.modules)
+    return 1 + max((m.layer or 0 for m in _plotted(plan)), default=0)
 
 
 def _save(figure: Figure, path: Path) -> None:

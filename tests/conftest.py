@@ -39,7 +39,7 @@ def tiny_tree(tiny_model: Path, tmp_path: Path) -> dict:
         "sampling": {"max_completion_length": 6},
         "steps": 2,
         "batch": {"prompts": 4, "num_generations": 4},
-        "plan": {"prompts": 8},
+        "plan": {"prompts": 8, "probe": {"steps": 1, "mini_batches": 2}},
         "lora": {"rank": 4},
         "eval": {"k": 0},
         "tracking": {"wandb": "disabled"},

@@ -45,7 +45,7 @@ def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         ("data.answer_after", "####", ["row 0", "data.answer_after='####'"]),
         ("adaptation", "lora", None),
         ("model.path", "no/such-model", ["model.path='no/such-model'"]),
-        ("lora.rank", 65, ["lora.rank=65 is larger than model.layers.0", "at most"]),
+        ("lora.rank", 65, ["lora.rank=65 is more than any candidate has", "at most 64"]),
         ("plan.placement", "recurrent", ["plan.placement=recurrent", "attention-only"]),
         ("plan.path", "nowhere.json", ["plan.path='nowhere.json'", "does not exist"]),
         ("learner.cpus", 1000, ["needs 2000.5 CPUs", "learner.cpus"]),

@@ -24,7 +24,7 @@ def parse(**changes: object) -> Config:
 def test_defaults_are_resolved():
     config = parse(full={"lr": 2e-6}, lora={"rank": 8})
     assert config.lora_lr == pytest.approx(2e-5)
-    assert config.lora_alpha == 16
+    assert config.lora.resolved_alpha == 16
 
 
 @pytest.mark.parametrize(

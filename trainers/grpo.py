@@ -14,7 +14,8 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.report import RunScreen, draw_curve, draw_plan
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
-from trainers.setup import Task, Workplace, check_task, make_plan, open_workplace
+from trainers.ranking import make_plan
+from trainers.setup import Task, Workplace, check_task, open_workplace
 
 
 def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
@@ -32,7 +33,8 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
 def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
         started = time.perf_counter()
-        plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace)
+        plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace, screen.show_ranking)
+        ranking = run.read_summary()["ranking_seconds"] if resume else time.perf_counter() - started
         if not resume:
             plan.save(run.plan)
             draw_plan(plan, run.plan_image)
@@ -44,7 +46,7 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
             before = run.read_summary()["eval_before"]
         else:
             before = evaluate(workplace.pool, workplace.rewards, task.eval, config)
-            run.write_summary({"eval_before": before, "plan_hash": plan.hash})
+            run.write_summary({"eval_before": before, "ranking_seconds": ranking, "plan_hash": plan.hash})
         screen.show_start(done.step, done.last_eval or before)
         log = MetricsLog(run, config, last=done.row)
         try:
@@ -56,6 +58,7 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
                 "eval_before": before,
                 "eval_after": after,
                 "steps": config.steps,
+                "ranking_seconds": ranking,
                 "wall_seconds": done.wall_seconds + time.perf_counter() - started,
                 "plan_hash": plan.hash,
             }

@@ -5,8 +5,7 @@ All checks that need no worker are made before the first one starts, and raise `
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +15,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
-from hybrid_rl.components import Matrix, UnknownArchitecture, candidate_matrices, topology
+from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
-from hybrid_rl.data import PromptSource, build_prompts, load_rows, load_tokenizer
+from hybrid_rl.data import build_prompts, load_rows, load_tokenizer
 from hybrid_rl.learner import LearnerGroup
-from hybrid_rl.learner.assemble import assemble
-from hybrid_rl.plan import AdaptationPlan, build_plan, check_rank
+from hybrid_rl.plan import AdaptationPlan, build_plan, probe_plan, select_candidates
 from hybrid_rl.reward import RewardPool
-from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, RolloutPool, sampling_from
-from hybrid_rl.scoring import random_scores
+from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, RolloutPool
+from hybrid_rl.scoring import find_score
 from hybrid_rl.types import Prompt, Receipt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import verify_receipts
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Task:
     """The checked input of a run."""
 
-    candidates: list[Matrix]
-    topology: str
+    anatomy: Anatomy
     model_bytes: int
     """Bytes of the whole model in `model.dtype`: what a sync of everything would send."""
     train: list[Prompt]
@@ -76,23 +71,9 @@ def check_task(config: Config) -> Task:
             f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
         )
     tokenizer = load_tokenizer(config)
-    model = _meta_model(config)
-    try:
-        everything, kind = candidate_matrices(model), topology(model)
-    except UnknownArchitecture as error:
-        raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
-    plan = AdaptationPlan.load(config.plan.path) if config.plan.path else None
-    candidates = everything
-    if plan is not None:
-        plan.check_against(everything)
-    else:
-        candidates = [c for c in everything if config.plan.placement in ("all", c.component)]
-        if not candidates:
-            raise ConfigError(f"plan.placement={config.plan.placement}: this {kind} model has no such matrices")
-        if config.adaptation != "full" and config.plan.rest == "lora":
-            narrowest = min(candidates, key=lambda c: min(c.shape))
-            check_rank(config.lora.rank, narrowest.name, narrowest.shape)
-    _check_engine_rank(config, _largest_rank(config, plan))
+    model = meta_model(config)
+    _check_weights(config)
+    anatomy, plan = check_plan(config, model)
 
     data = config.data
     read: dict[str, Any] = {"columns": data.columns, "answer_after": data.answer_after}
@@ -104,28 +85,81 @@ def check_task(config: Config) -> Task:
     itemsize = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size()
     model_bytes = sum(p.numel() for p in model.parameters()) * itemsize
     columns = sorted(set(train_rows[0]) & set(eval_rows[0]))
-    return Task(candidates, kind, model_bytes, train, held_out, too_long, columns, plan)
+    return Task(anatomy, model_bytes, train, held_out, too_long, columns, plan)
+
+
+def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | None]:
+    """What the model consists of, and the plan of `plan.path` if there is one; everything about plans that needs no
+    weights is checked."""
+    try:
+        anatomy = read_model(model, config.plan.components)
+        cross_check(model, anatomy, config.plan.components)
+    except ValueError as error:  # not understood, or an override that fits nothing
+        raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
+    plan = AdaptationPlan.load(config.plan.path) if config.plan.path else None
+    if plan is not None:
+        plan.check_against(anatomy)
+    else:
+        find_score(config.plan.score)
+        _check_choices(config, anatomy)
+    _check_engine(config, plan or draft_plan(anatomy, config))
+    return anatomy, plan
+
+
+def draft_plan(anatomy: Anatomy, config: Config) -> AdaptationPlan:
+    """A plan of the configured shape without scores: what can be said before anything is ranked."""
+    flat = dict.fromkeys((c.name for c in select_candidates(anatomy, config.plan)), 0.0)
+    return plan_from(anatomy, config, flat, {})
+
+
+def plan_from(
+    anatomy: Anatomy,
+    config: Config,
+    scores: Mapping[str, float],
+    method: Mapping[str, Any],
+    unreached: Collection[str] = (),
+) -> AdaptationPlan:
+    """The plan that the configuration makes of these scores."""
+    ratio = {"hybrid": config.plan.budget.ratio, "lora": 0.0, "full": 1.0}[config.adaptation]
+    settings = config.plan
+    how = {
+        "adaptation": config.adaptation,
+        "placement": settings.placement,
+        "budget": {**settings.budget.model_dump(), "ratio": ratio},
+        "rest": settings.rest,
+    }
+    how |= {name: getattr(settings, name) for name in ("include", "exclude", "also_full") if getattr(settings, name)}
+    return build_plan(
+        anatomy,
+        scores,
+        model=config.model.path,
+        method={**how, **method},
+        seed=config.seed,
+        ratio=ratio,
+        settings=settings,
+        lora=config.lora,
+        unreached=unreached,
+    )
 
 
 @contextmanager
-def open_workplace(config: Config, task: Task) -> Iterator[Workplace]:
-    """Start the cluster, the reward processes, the rollout engines and the learner; stop them on leaving."""
+def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iterator[Workplace]:
+    """Start the cluster, the learner and, for `rollouts`, the reward processes and the rollout engines; stop them on
+    leaving."""
     with ExitStack() as stack:
-        rewards = RewardPool(config.rewards, config.reward, chat=config.data.chat)
-        stack.callback(rewards.close)
-        rewards.check(task.columns)
-        cluster = open_cluster(config)
+        ranks, engines = config.learner.world_size, config.rollout.engines if rollouts else 0
+        workplace = Workplace(None, None, None, None)  # type: ignore[arg-type]
+        if rollouts:
+            workplace.rewards = RewardPool(config.rewards, config.reward, chat=config.data.chat)
+            stack.callback(workplace.rewards.close)
+            workplace.rewards.check(task.columns)
+        workplace.cluster = cluster = open_cluster(config)
         stack.callback(cluster.close)
-        ranks = config.learner.world_size
-        cluster.reserve(
-            [_resources(config.learner, cluster)] * ranks
-            + [_resources(config.rollout, cluster)] * config.rollout.engines
-        )
-        workplace = Workplace(cluster, None, None, rewards)  # type: ignore[arg-type]
+        cluster.reserve([_resources(config.learner, cluster)] * ranks + [_resources(config.rollout, cluster)] * engines)
         verify = workplace.verify if config.sync.verify else (lambda receipts: 0)
         workplace.pool = RolloutPool(
             lambda i: _start_engine(config, task, cluster, ranks + i, i),
-            config.rollout.engines,
+            engines,
             max_restarts=config.rollout.max_restarts,
             timeout=config.rollout.timeout,
             verify=verify,
@@ -135,69 +169,46 @@ def open_workplace(config: Config, task: Task) -> Iterator[Workplace]:
         yield workplace
 
 
-def make_plan(config: Config, task: Task, workplace: Workplace) -> AdaptationPlan:
-    """The plan given, or one made as the configuration says."""
-    if task.plan is not None:
-        return task.plan
-    ratio = {"hybrid": config.plan.budget.ratio, "lora": 0.0, "full": 1.0}[config.adaptation]
-    method: dict[str, Any] = {
-        "adaptation": config.adaptation,
-        "budget": {"ratio": ratio, "unit": config.plan.budget.unit},
-    }
-    method |= {"placement": config.plan.placement, "rest": config.plan.rest}
-    scores: dict[str, float] = {}
-    if 0 < ratio < 1:
-        method |= {"score": config.plan.score}
-        if config.plan.score == "random":
-            scores = random_scores([c.name for c in task.candidates], config.seed)
-        else:
-            scores, seen = _gradient_scores(config, task, workplace)
-            method |= {"score_rank": config.plan.score_rank, **seen}
-    return build_plan(
-        task.candidates,
-        scores,
-        model=config.model.path,
-        topology=task.topology,
-        method=method,
-        seed=config.seed,
-        ratio=ratio,
-        unit=config.plan.budget.unit,
-        rest=config.plan.rest,
-        rank=config.lora.rank,
-        alpha=config.lora_alpha,
-    )
+def probes(config: Config) -> bool:
+    """Whether a plan is made from a probe, which syncs an adapter of its own."""
+    ranked = config.adaptation == "hybrid" and config.plan.path is None and 0 < config.plan.budget.ratio < 1
+    return ranked and find_score(config.plan.score).needs == "updates"
 
 
-def _gradient_scores(config: Config, task: Task, workplace: Workplace) -> tuple[dict[str, float], dict[str, Any]]:
-    """Scores from the base policy's own rollouts, on prompts drawn apart from the training order."""
-    # No more than there are: a problem in both halves would make noise look like agreement.
-    prompts = PromptSource(task.train, seed=config.seed + 1).take(min(config.plan.prompts, len(task.train)))
-    seed, n = config.seed + 1, config.batch.num_generations
-    sampling = sampling_from(config, n=n, temperature=config.sampling.temperature, seed=seed)
-    groups = workplace.rewards.score(prompts, workplace.pool.generate(prompts, sampling)).groups
-    halves = [assemble(groups[half::2]) for half in range(2)]
-    if not all(half.sequences for half in halves):
-        logger.warning(
-            "the ranking saw no group with unequal rewards, so every score is 0 and modules are taken in the order of "
-            "their names; raise plan.prompts, or give the policy an easier task"
-        )
-    scores = workplace.learner.score([half.sequences for half in halves])
-    seen = {"prompts": len(prompts), "zero_variance_groups": sum(half.zero_variance_groups for half in halves)}
-    return {c.name: scores[c.name] for c in task.candidates}, seen
-
-
-def _largest_rank(config: Config, plan: AdaptationPlan | None) -> int:
+def _largest_rank(config: Config, plan: AdaptationPlan | None, anatomy: Anatomy) -> int:
     """Largest LoRA rank that a weight update can carry; 0 if it carries no adapter."""
-    if plan is not None:
-        return max((m.rank or 0 for m in plan.modules), default=0)
-    return config.lora.rank if config.adaptation != "full" and config.plan.rest == "lora" else 0
+    plans = [plan or draft_plan(anatomy, config)]
+    if probes(config):
+        plans.append(probe_plan(anatomy, config))
+    return max((m.rank or 0 for p in plans for m in p.modules), default=0)
 
 
-def _check_engine_rank(config: Config, rank: int) -> None:
-    if config.rollout.engine == "vllm" and rank > LARGEST_ADAPTER_RANK:
+def _check_choices(config: Config, anatomy: Anatomy) -> None:
+    """Refuse a LoRA rank that no candidate has."""
+    widest = max(select_candidates(anatomy, config.plan), key=lambda c: min(c.shape))
+    if config.adaptation != "full" and config.lora.rank > min(widest.shape):
+        raise ConfigError(
+            f"lora.rank={config.lora.rank} is more than any candidate has; use at most {min(widest.shape)}"
+        )
+
+
+def _check_engine(config: Config, plan: AdaptationPlan) -> None:
+    """Refuse what vLLM cannot be sent."""
+    if config.rollout.engine != "vllm":
+        return
+    rank = max((m.rank or 0 for m in plan.modules), default=0)
+    if rank > LARGEST_ADAPTER_RANK:
         raise ConfigError(
             f"lora.rank={rank} is more than rollout.engine=vllm serves ({LARGEST_ADAPTER_RANK}); lower it, or use "
             "rollout.engine=transformers"
+        )
+    held = ("attention", "recurrent", "mlp", "norm", "router")
+    other = [m for m in plan.modules if m.treatment != "frozen" and (m.component not in held or len(m.shape) != 2)]
+    other = [m for m in other if not (m.component == "norm" and len(m.shape) == 1)]
+    if other:
+        raise ConfigError(
+            f"{other[0].name} ({other[0].component}) is trained, but rollout.engine=vllm holds it in another form and "
+            "could not prove what it serves; use rollout.engine=transformers, or leave it out"
         )
 
 
@@ -206,8 +217,8 @@ def _resolved(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def _meta_model(config: Config) -> Any:
-    """The model without its weights."""
+def meta_model(config: Config) -> Any:
+    """The model without its weights, which are not read."""
     try:
         model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
         with torch.device("meta"):
@@ -215,10 +226,13 @@ def _meta_model(config: Config) -> Any:
     except Exception as error:  # transformers raises many kinds for a path that is not a model
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.path={config.model.path!r} is not a causal language model: {reason}") from None
+    return model
+
+
+def _check_weights(config: Config) -> None:
     local = Path(config.model.path)
     if local.is_dir() and not any(local.glob("*.safetensors")):
         raise ConfigError(f"model.path={config.model.path!r} has no weights (*.safetensors)")
-    return model
 
 
 def _check_length(config: Config, model: Any, prompts: list[Prompt]) -> None:
@@ -249,7 +263,7 @@ def _start_engine(config: Config, task: Task, cluster: Cluster, place: int, inde
         dtype=config.model.dtype,
         trust_remote_code=config.model.trust_remote_code,
         max_length=longest + config.sampling.max_completion_length,
-        adapter_rank=_largest_rank(config, task.plan),
+        adapter_rank=_largest_rank(config, task.plan, task.anatomy),
         max_concurrent=config.rollout.max_concurrent,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         seed=config.seed,

@@ -44,6 +44,8 @@ def assemble(groups: Sequence[ScoredGroup]) -> Assembled:
     The loss is a mean over what is kept, so a step with few informative groups moves the policy as far as one with
     many; TRL counts the others as zeros.
     """
+    if not groups:
+        return Assembled([], [], 0, 0)
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
     valid_P_G = ~rewards_P_G.isnan()
     rewards_P_G = rewards_P_G.nan_to_num(0.0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.scoring import Score
 from hybrid_rl.types import StepStats, TrainSequence, WeightUpdate, WorkerHandle, call_all
 
 
@@ -18,8 +19,14 @@ class LearnerGroup:
     def connect(self, address: str, port: int) -> None:
         call_all(self._workers, "connect", address, port)
 
-    def score(self, halves: Sequence[Sequence[TrainSequence]]) -> dict[str, float]:
-        return call_all(self._workers, "score", halves)[0]
+    def begin_ranking(self, score: Score) -> None:
+        call_all(self._workers, "begin_ranking", score)
+
+    def observe(self, halves: Sequence[Sequence[TrainSequence]], lr: float = 0.0) -> None:
+        call_all(self._workers, "observe", halves, lr)
+
+    def finish_ranking(self) -> tuple[dict[str, float], set[str]]:
+        return call_all(self._workers, "finish_ranking")[0]
 
     def build(self, plan: AdaptationPlan) -> dict[str, Any]:
         return call_all(self._workers, "build", plan.to_json())[0]

@@ -1,7 +1,8 @@
 """One rank of the learner: a plain class around a DeepSpeed engine.
 
-Life: `connect` (join the process group, load the base model), `score` (once, if the plan is ranked), `build` (apply the
-plan, start DeepSpeed), then `train` and `export` every step. Every rank gets the same calls in the same order.
+Life: `connect` (join the process group, load the base model); if the plan is ranked, `begin_ranking`, `observe` a batch
+of rollouts at a time, `finish_ranking`; `build` (apply the plan, start DeepSpeed), then `train`, `export` every step.
+Every rank gets the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan
 from hybrid_rl.algorithms import clipped_policy_loss, k3_divergence
-from hybrid_rl.components import candidate_matrices
+from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config
 from hybrid_rl.learner.batching import PaddedBatch, micro_batches, pad
-from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.scoring import GradientMoments, score_gradients
+from hybrid_rl.learner.scorer import Scorer
+from hybrid_rl.plan import AdaptationPlan, probe_plan, select_candidates
+from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
 from hybrid_rl.weight_sync import digest, encode_update
-
-SCORE_MICRO_BATCHES = 8
-"""Micro-batches a half whose gradients give the scores their second moments; independent of ranks and memory."""
 
 
 class LearnerWorker:
@@ -68,27 +67,49 @@ class LearnerWorker:
             attn_implementation=self._config.model.attention,
         )
         self._model = model.to(self._device)
+        self._anatomy = read_model(self._model, self._config.plan.components)
+        cross_check(self._model, self._anatomy, self._config.plan.components)
 
-    def score(self, halves: Sequence[Sequence[TrainSequence]]) -> dict[str, float]:
-        """Gradient scores of every candidate from two disjoint sets of sequences. No weight is changed."""
-        plan = self._config.plan
-        candidates = candidate_matrices(self._model)
-        weights = {c.name: self._model.get_submodule(c.name).weight for c in candidates}
-        self._model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        moments = GradientMoments({c.name: c.shape for c in candidates}, self._device)
-        for half, sequences in enumerate(halves):
-            chunks = [sequences[i::SCORE_MICRO_BATCHES] for i in range(min(SCORE_MICRO_BATCHES, len(sequences)))]
-            for chunk in chunks[self._rank :: self._world_size]:
-                for padded in self._padded(chunk, ranks=1, rank=0):
-                    logprobs = self._logprobs(self._model, padded)
-                    self._policy_loss(logprobs, logprobs.detach(), padded, len(chunk)).loss.backward()
-                moments.add(half, {name: weight.grad for name, weight in weights.items() if weight.grad is not None})
-                self._model.zero_grad(set_to_none=True)
-        for tensor in moments.tensors():
-            deepspeed.comm.all_reduce(tensor)
-        return score_gradients(moments, plan.score, plan.score_rank)  # type: ignore[arg-type]
+    def begin_ranking(self, score: Score) -> None:
+        """Get ready to gather what `score` looks at. If that is a probe, the model carries its adapter from here on."""
+        config = self._config
+        candidates = select_candidates(self._anatomy, config.plan)
+        self._scorer = Scorer(
+            self._model,
+            candidates,
+            score,
+            ScoreContext(config.plan, config.lora.rank, config.seed),
+            loss=self._ranking_loss,
+            tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            rank=self._rank,
+            world_size=self._world_size,
+            all_reduce=deepspeed.comm.all_reduce,
+        )
+        if score.needs == "updates":
+            self._scorer.start_probe(
+                probe_plan(self._anatomy, config),
+                betas=config.learner.adam_betas,
+                max_norm=config.lora.max_grad_norm,
+                seed=config.seed,
+            )
+            assert self._scorer.adapted is not None
+            self._adapted = self._scorer.adapted
+
+    def observe(self, halves: Sequence[Sequence[TrainSequence]], lr: float) -> None:
+        """Gather gradients on two disjoint sets of sequences; with a probe, then take one step of it at rate `lr`."""
+        self._scorer.observe(halves, lr)
+
+    def finish_ranking(self) -> tuple[dict[str, float], set[str]]:
+        """Every candidate's score, and the names that no gradient reached. The model is as it was before."""
+        result = self._scorer.finish()
+        del self._scorer
+        return result
+
+    def _ranking_loss(self, model: nn.Module, sequences: Sequence[TrainSequence]) -> Tensor:
+        """The run's own loss, the policy that sampled being the old one: the engine's log-probabilities."""
+        padded = pad(sequences, self._device)
+        logprobs = self._logprobs(model, padded)
+        return self._policy_loss(logprobs, padded.rollout_logprobs_N_T, padded, len(sequences)).loss
 
     def build(self, plan_json: str) -> dict[str, Any]:
         """Apply the plan and start DeepSpeed. Returns each optimizer group's name, parameters and learning rate.
@@ -265,13 +286,12 @@ class LearnerWorker:
 
     def _gathered(self) -> Any:
         """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
-        if self._config.learner.zero_stage < 3:
+        if self._config.learner.zero_stage < 3 or not hasattr(self, "_engine"):
             return nullcontext()
         return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
 
     def _digests(self) -> Mapping[str, str]:
-        partitioned = hasattr(self, "_engine") and self._config.learner.zero_stage == 3
-        with self._gathered() if partitioned else nullcontext():
+        with self._gathered():
             parameters = dict(self._adapted.full)
             for name, pair in self._adapted.lora.items():
                 parameters |= {f"{name}.A": pair.a, f"{name}.B": pair.b}

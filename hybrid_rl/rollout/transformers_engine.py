@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hybrid_rl.adaptation import AdaptedModel, apply_plan
+from hybrid_rl.adaptation import AdaptedModel, apply_plan, remove_adapters
 from hybrid_rl.plan import AdaptationPlan, PlannedModule, Treatment
 from hybrid_rl.rollout.engine import EngineSettings
 from hybrid_rl.types import Completion, Receipt, Sampling, WeightUpdate
-from hybrid_rl.weight_sync import decode_update, digest, full_name, lora_names
+from hybrid_rl.weight_sync import decode_update, digest, lora_names
 
 
 class TransformersEngine:
@@ -34,6 +34,7 @@ class TransformersEngine:
         )
         self._model = model.to(self._device).eval()
         self._adapted: AdaptedModel | None = None
+        self._names: frozenset[str] = frozenset()
         self._stop: tuple[str, ...] = ()
         eos = self._model.generation_config.eos_token_id
         eos = eos if eos is not None else self._tokenizer.eos_token_id
@@ -81,7 +82,7 @@ class TransformersEngine:
     def apply_update(self, update: WeightUpdate) -> Receipt:
         full, lora = decode_update(update)
         adapted = self._adapt(full, lora, update.adapter_rank)
-        holders: dict[str, Tensor] = {full_name(m): p for m, p in adapted.full.items()}
+        holders: dict[str, Tensor] = dict(adapted.full)
         for module, pair in adapted.lora.items():
             name_a, name_b = lora_names(module)
             holders |= {name_a: pair.a, name_b: pair.b}
@@ -95,8 +96,18 @@ class TransformersEngine:
         return {"pid": os.getpid(), "version": self._version, "engine": self._settings.name}
 
     def _adapt(self, full: Mapping[str, Tensor], lora: Mapping[str, Tensor], rank: int) -> AdaptedModel:
-        """Build the adapted model that the first update describes; later ones fill the same tensors."""
-        if self._adapted is None:
+        """Build the adapted model that the update describes, unless the last one described the same.
+
+        Raises `RuntimeError` if a weight that an earlier update replaced is not in this one: its base value is gone.
+        """
+        names = frozenset((*full, *lora))
+        if self._adapted is None or names != self._names:
+            if self._adapted is not None:
+                lost = sorted(self._adapted.full.keys() - full.keys())
+                if lost:
+                    raise RuntimeError(f"the update lacks {lost[0]}, which an earlier one replaced")
+                remove_adapters(self._model)
+            self._names = names
             modules = [_planned(name.removesuffix(".weight"), "full", None) for name in full]
             modules += [
                 _planned(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), "lora", rank)

@@ -1,6 +1,26 @@
-"""How modules are ranked: one definition each."""
+"""How modules are ranked: a registry of scores, and what gathers the gradients that they look at."""
 
-from hybrid_rl.scoring.control import random_scores
-from hybrid_rl.scoring.gradient import GradientMoments, score_gradients
+from hybrid_rl.scoring import control, gradient, weight  # noqa: F401  (registers the scores)
+from hybrid_rl.scoring.collect import Collector, Kind, sketch_floats
+from hybrid_rl.scoring.registry import (
+    Evidence,
+    Score,
+    ScoreContext,
+    find_score,
+    per_module,
+    register_score,
+    score_names,
+)
 
-__all__ = ["GradientMoments", "random_scores", "score_gradients"]
+__all__ = [
+    "Collector",
+    "Evidence",
+    "Kind",
+    "Score",
+    "ScoreContext",
+    "find_score",
+    "per_module",
+    "register_score",
+    "score_names",
+    "sketch_floats",
+]

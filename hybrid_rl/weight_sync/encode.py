@@ -16,11 +16,6 @@ from torch import Tensor
 from hybrid_rl.types import WeightUpdate
 
 
-def full_name(module: str) -> str:
-    """Payload name of a fully fine-tuned matrix."""
-    return f"{module}.weight"
-
-
 def lora_names(module: str) -> tuple[str, str]:
     """Payload names of a module's LoRA factors A [rank, in] and B [out, rank]."""
     prefix = f"base_model.model.{module}"
@@ -41,11 +36,11 @@ def encode_update(
     version: int,
     dtype: torch.dtype,
 ) -> WeightUpdate:
-    """Encode full matrices and LoRA triples (A, B, scaling), both by module name, in the engines' `dtype`.
+    """Encode full weights by parameter name and LoRA triples (A, B, scaling) by module name, in the engines' `dtype`.
 
     The update is complete: applied to the base model it gives the policy, whatever updates came before.
     """
-    tensors = {full_name(module): weight.detach().to(dtype).contiguous() for module, weight in full.items()}
+    tensors = {name: weight.detach().to(dtype).contiguous() for name, weight in full.items()}
     rank = max((a.shape[0] for a, _, _ in lora.values()), default=0)
     for module, (a, b, scaling) in lora.items():
         name_a, name_b = lora_names(module)

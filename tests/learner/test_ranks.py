@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import random
 from pathlib import Path
@@ -12,15 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan
 from hybrid_rl.cluster.inline import free_port
-from hybrid_rl.components import candidate_matrices
-from hybrid_rl.config import parse_config
+from hybrid_rl.components import read_model
+from hybrid_rl.config import LoraConfig, PlanConfig, parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.plan import AdaptationPlan, build_plan
-from hybrid_rl.scoring import GradientMoments, score_gradients
+from hybrid_rl.scoring import find_score
 from hybrid_rl.types import TrainSequence
-from hybrid_rl.weight_sync import decode_update, full_name, lora_names
+from hybrid_rl.weight_sync import decode_update, lora_names
 
 STEPS = 5
+SCORES = ("update_tail_split", "adam_tail_split", "grad_tail_split", "grad_norm")
 FULL_LR, LORA_LR, MAX_NORM = 1e-4, 1e-3, 0.05  # a clip that binds, so that it is tested too
 
 
@@ -48,10 +50,10 @@ def _tree(model: Path, stage: int, world: int, mini: int) -> dict:
 
 
 def _plan(model: Path) -> AdaptationPlan:
-    candidates = candidate_matrices(AutoModelForCausalLM.from_pretrained(model))
-    scores = {c.name: float(("v_proj" in c.name) + ("up_proj" in c.name)) for c in candidates}
-    options = {"model": "tiny", "topology": "attention-only", "method": {}, "seed": 0, "unit": "params", "rest": "lora"}
-    return build_plan(candidates, scores, ratio=0.2, rank=4, alpha=8.0, **options)
+    anatomy = read_model(AutoModelForCausalLM.from_pretrained(model))
+    scores = {c.name: float(("v_proj" in c.name) + ("up_proj" in c.name)) for c in anatomy.candidates}
+    options = {"model": "tiny", "method": {}, "seed": 0, "settings": PlanConfig(), "lora": LoraConfig(rank=4, alpha=8)}
+    return build_plan(anatomy, scores, ratio=0.2, **options)
 
 
 def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
@@ -61,8 +63,16 @@ def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
     worker = LearnerWorker(parse_config(tree), rank)
     worker.connect("127.0.0.1", port)
     before = {name: p.clone() for name, p in worker._model.named_parameters()}
-    scores = worker.score([_sequences(100), _sequences(101)])
-    assert all(torch.equal(p, before[name]) for name, p in worker._model.named_parameters()), "scoring moved a weight"
+    scores = {}
+    for name in SCORES:
+        worker.begin_ranking(find_score(name))
+        for step in range(3 if name == "update_tail_split" else 1):
+            worker.observe([_sequences(100 + step), _sequences(200 + step)], 1e-3)
+        scores[name], unreached = worker.finish_ranking()
+        assert not unreached
+    after = dict(worker._model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in after.items()), "ranking moved a weight"
     worker.build(plan)
     mini = tree["batch"]["mini_batches"]
     stats = [worker.train(mini_batches(_sequences(step), mini, 1.0)) for step in range(STEPS)]
@@ -71,7 +81,9 @@ def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
         queue.put(([s.metrics for s in stats], update.tensors, update.digests, scores))
 
 
-def run_ranks(tree: dict, plan: AdaptationPlan) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, float]]:
+def run_ranks(
+    tree: dict, plan: AdaptationPlan
+) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Score, then train 5 steps, on real ranks. Returns each step's metrics, the trained tensors and the scores."""
     from hybrid_rl.types import WeightUpdate
 
@@ -128,7 +140,7 @@ def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float]
             optimizer.step()
             step_losses.append(loss.item())
         losses.append(sum(step_losses) / mini)
-    trained = {full_name(name): p.detach() for name, p in adapted.full.items()}
+    trained = {name: p.detach() for name, p in adapted.full.items()}
     for name, pair in adapted.lora.items():
         name_a, name_b = lora_names(name)
         trained |= {name_a: pair.a.detach(), name_b: pair.b.detach() * pair.scaling}
@@ -158,21 +170,35 @@ def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world
     for name, tensor in expected.items():
         torch.testing.assert_close(trained[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     assert all(m["grad_norm/full"] > MAX_NORM and m["grad_norm/lora"] > MAX_NORM for m in metrics[1:])
-    assert scores == pytest.approx(_reference_scores(tiny_model), rel=1e-3, abs=1e-12)
+    reference_scores = _scores_of_one_process(tiny_model)
+    for score in SCORES:
+        # Equal to rounding, so that the plans, in order and treatment, are equal.
+        assert scores[score] == pytest.approx(reference_scores[score], rel=1e-3, abs=1e-7), score
+        assert _order(scores[score]) == _order(reference_scores[score])
+    assert scores["grad_norm"] == pytest.approx(_gradient_norms(tiny_model), rel=1e-3, abs=1e-12)
 
 
-def _reference_scores(model: Path) -> dict[str, float]:
-    """Scores from one sequence at a time, in plain torch."""
+def _order(scores: dict[str, float]) -> list[str]:
+    return sorted(scores, key=lambda name: -scores[name])
+
+
+@functools.cache
+def _scores_of_one_process(model: Path) -> dict[str, dict[str, float]]:
+    tree = _tree(model, 2, 1, 1)
+    _, _, scores = run_ranks(tree, _plan(model))
+    return scores
+
+
+def _gradient_norms(model: Path) -> dict[str, float]:
+    """`grad_norm` from one sequence at a time, in plain torch."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    candidates = candidate_matrices(network)
-    moments = GradientMoments({c.name: c.shape for c in candidates}, torch.device("cpu"))
-    for half, sequences in enumerate([_sequences(100), _sequences(101)]):
-        for chunk in (sequences[i::8] for i in range(8)):
-            network.zero_grad()
-            for s in chunk:
-                ids = torch.tensor([s.prompt_ids + s.completion_ids])
-                logits = network(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
-                chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(s.completion_ids)[:, None])
-                (-s.advantage * chosen.mean() / len(chunk)).backward()
-            moments.add(half, {c.name: network.get_submodule(c.name).weight.grad for c in candidates})
-    return score_gradients(moments, "adam_tail_split", 2)
+    halves = [_sequences(100), _sequences(200)]
+    for s in [s for half in halves for s in half]:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids])
+        logits = network(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
+        chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(s.completion_ids)[:, None])[:, 0]
+        ratio = (chosen - torch.tensor(s.rollout_logprobs)).exp()
+        loss = -torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage).mean()
+        (loss / (2 * len(halves[0]))).backward()
+    names = [c.name for c in read_model(network).candidates]
+    return {n: float(network.get_submodule(n).weight.grad.square().mean()) for n in names}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import AdaptedModel, apply_plan
 from hybrid_rl.cluster.base import worker_environment
-from hybrid_rl.components import candidate_matrices
+from hybrid_rl.components import read_model
 from hybrid_rl.config import Config
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.rollout import EngineSettings, RolloutEngine
@@ -48,7 +48,7 @@ def policy(path: Path, seed: int | None) -> AdaptedModel:
         PlannedModule(c.name, c.component, c.layer, c.shape, c.params, None, None, None, "full")
         if c.name.endswith(full)
         else PlannedModule(c.name, c.component, c.layer, c.shape, c.params, None, 4, 6.0, "lora")
-        for c in candidate_matrices(model)
+        for c in read_model(model).candidates
     )
     adapted = apply_plan(model, AdaptationPlan("m", "attention-only", {}, 0, modules))
     if seed is not None:

@@ -13,7 +13,7 @@ from hybrid_rl.weight_sync import SyncMismatch, decode_update, digest, encode_up
 
 def update(dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    full = {"l.0.q": torch.randn(4, 6)}
+    full = {"l.0.q.weight": torch.randn(4, 6)}
     lora = {"l.0.k": (torch.randn(2, 6), torch.randn(4, 2), 0.3), "l.0.v": (torch.randn(3, 6), torch.randn(4, 3), 2.0)}
     return full, lora, encode_update(full, lora, version=7, dtype=dtype)
 
@@ -22,7 +22,7 @@ def update(dtype: torch.dtype = torch.float32):
 def test_what_is_sent_is_what_was_trained(dtype: torch.dtype):
     full, lora, sent = update(dtype)
     got_full, got_lora = decode_update(sent)
-    torch.testing.assert_close(got_full["l.0.q.weight"], full["l.0.q"].to(dtype), atol=0, rtol=0)
+    torch.testing.assert_close(got_full["l.0.q.weight"], full["l.0.q.weight"].to(dtype), atol=0, rtol=0)
     for module, (a, b, scaling) in lora.items():
         name_a, name_b = lora_names(module)
         assert got_lora[name_a].shape == (3, 6), "padded to the largest rank"

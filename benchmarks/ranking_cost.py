@@ -1,0 +1,198 @@
+"""What ranking costs: time against a plain pass over the same tokens, memory against the training that follows.
+
+    python benchmarks/ranking_cost.py                  # a tiny and a 100 M-parameter random model
+
+Every measurement runs in a process of its own, through the learner's own worker. Memory is the peak resident set above
+what the process held once the model was loaded, in bytes a parameter of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hybrid_rl.cluster.inline import free_port
+from hybrid_rl.config import Config, parse_config
+from hybrid_rl.plan import build_plan, select_candidates
+from hybrid_rl.scoring import find_score, sketch_floats
+from hybrid_rl.types import TrainBatch, TrainSequence
+
+SIZES = {"tiny": (128, 4, 512), "100M": (768, 12, 8192)}
+PROMPTS, SAMPLES = 64, 8
+PROMPT_TOKENS, COMPLETION_TOKENS = 16, 16
+
+
+def sequences(seed: int, count: int, vocabulary: int) -> list[TrainSequence]:
+    """Random ones; what they say does not change what they cost."""
+    draw = random.Random(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, vocabulary) for _ in range(n))
+
+    return [
+        TrainSequence(tokens(PROMPT_TOKENS), tokens(COMPLETION_TOKENS), (-9.0,) * COMPLETION_TOKENS, draw.gauss(0, 1))
+        for _ in range(count)
+    ]
+
+
+def make_model(size: str, path: Path) -> None:
+    hidden, layers, vocabulary = SIZES[size]
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(shape).save_pretrained(path)
+
+
+def settings(path: str, tokens: int) -> Config:
+    return parse_config(
+        {
+            "model": {"path": path},
+            "data": {"train": "none", "eval": "none", "max_prompt_length": PROMPT_TOKENS},
+            "sampling": {"max_completion_length": COMPLETION_TOKENS},
+            "batch": {"tokens_per_micro_batch": tokens, "prompts": PROMPTS, "num_generations": SAMPLES},
+            "full": {"lr": 1e-5},
+            "learner": {"world_size": 1, "zero_stage": 2},
+        }
+    )
+
+
+def measured(what: str, path: str, vocabulary: int, tokens: int, queue: Any) -> None:
+    """One measurement: median seconds of a pass over all sequences, peak memory above the loaded model's, in bytes."""
+    from hybrid_rl.learner.worker import LearnerWorker
+
+    torch.set_num_threads(1)
+    config = settings(path, tokens)
+    worker = LearnerWorker(config, 0)
+    worker.connect("127.0.0.1", free_port())
+    data = sequences(0, PROMPTS * SAMPLES, vocabulary)
+    halves = [data[0::2], data[1::2]]
+    before = resident()
+    seconds = []
+    if what == "forward and backward":
+        weights = [worker._model.get_parameter(w.parameter) for w in worker._anatomy.candidates]
+        worker._model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        for _ in range(3):
+            started = time.perf_counter()
+            for padded in worker._padded(data, 1, 0):
+                logprobs = worker._logprobs(worker._model, padded)
+                worker._policy_loss(logprobs, logprobs.detach(), padded, len(data)).loss.backward()
+            seconds.append(time.perf_counter() - started)
+            worker._model.zero_grad(set_to_none=True)
+    elif what == "hybrid training":
+        scores = {c.name: random.Random(c.name).random() for c in select_candidates(worker._anatomy, config.plan)}
+        plan = build_plan(
+            worker._anatomy,
+            scores,
+            model=path,
+            method={},
+            seed=0,
+            ratio=0.1,
+            settings=config.plan,
+            lora=config.lora,
+        )
+        worker.build(plan.to_json())
+        for _ in range(3):
+            started = time.perf_counter()
+            worker.train(TrainBatch((tuple(data),), 1.0))
+            seconds.append(time.perf_counter() - started)
+    else:
+        for _ in range(3 if what == "update_tail_split" else 1):
+            if not hasattr(worker, "_scorer"):
+                worker.begin_ranking(find_score(what))
+            started = time.perf_counter()
+            worker.observe(halves, 1e-4)
+            seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        worker.finish_ranking()
+        if what != "update_tail_split":
+            seconds[0] += time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    queue.put((statistics.median(seconds), peak - before))
+
+
+def resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="tiny,100M")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a micro-batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    console = Console(width=130)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        for size in options.sizes.split(","):
+            path = Path(directory) / size
+            make_model(size, path)
+            model = Qwen3ForCausalLM.from_pretrained(path)
+            parameters = sum(p.numel() for p in model.parameters())
+            from hybrid_rl.components import read_model
+
+            candidates = read_model(model).candidates
+            del model
+            found: dict[str, list[tuple[float, int]]] = {}
+            kinds = (
+                "forward and backward",
+                "hybrid training",
+                "grad_tail_split",
+                "adam_tail_split",
+                "update_tail_split",
+            )
+            for _ in range(options.rounds):
+                for what in kinds:
+                    queue = context.Queue()
+                    job = (what, str(path), SIZES[size][2], options.tokens, queue)
+                    process = context.Process(target=measured, args=job)
+                    process.start()
+                    found.setdefault(what, []).append(queue.get(timeout=1800))
+                    process.join()
+            table = Table("", "seconds", "/ forward and backward", "peak memory, bytes a parameter", "of it by formula")
+            table.title = f"{size}: {parameters:,} parameters, {PROMPTS} x {SAMPLES} sequences, {options.rounds} rounds"
+            plain = statistics.median(s for s, _ in found[kinds[0]])
+            for what in kinds:
+                seconds = statistics.median(s for s, _ in found[what])
+                memory = statistics.median(m for _, m in found[what])
+                views = {"grad_tail_split": 2, "adam_tail_split": 2, "update_tail_split": 1}.get(what, 0)
+                formula = 4 * sketch_floats(candidates, views, 2) / parameters if views else 0.0
+                table.add_row(
+                    what,
+                    f"{seconds:.2f}",
+                    f"{seconds / plain:.2f}",
+                    f"{memory / parameters:.2f}",
+                    f"{formula:.2f} sketches" if views else "-",
+                )
+            console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""`hybrid-rl rank`: make a plan before the run, look at it, compare it with another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.plan import AdaptationPlan, compare_plans, select_candidates
+from hybrid_rl.report import Bar, difference_table, draft_tables, draw_plan, plan_table, totals_table
+from hybrid_rl.scoring import find_score
+from trainers.ranking import make_plan
+from trainers.setup import check_plan, check_task, meta_model, open_workplace, plan_from
+
+
+def rank_modules(config: Config, console: Console | None = None) -> AdaptationPlan:
+    """Rank the modules of `config.model` as `config.plan` says, and spend the budget.
+
+    Starts the workers that the score needs and stops them again. Raises `ConfigError` before that for what cannot work.
+    """
+    if config.plan.path is not None:
+        raise ConfigError(f"plan.path={config.plan.path!r} gives a finished plan, so there is nothing to rank; drop it")
+    needs = find_score(config.plan.score).needs
+    task = check_task(config)
+    with Bar(console or Console(quiet=True)) as bar:
+        if needs == "structure" or config.adaptation != "hybrid":
+            return make_plan(config, task, None)
+        bar.show("starting workers", 0, 1)
+        with open_workplace(config, task, rollouts=needs != "weights") as workplace:
+            return make_plan(config, task, workplace, bar.show)
+
+
+def rank_command(config: Config, console: Console, *, out: Path, plot: Path | None, compare: Path | None) -> None:
+    """Rank, save `out` and its heat map (beside it unless `plot` says where), print the tables."""
+    other = AdaptationPlan.load(compare, "--compare") if compare else None
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: the directory {out.parent} does not exist")
+    plan = rank_modules(config, console)
+    plan.save(out)
+    image = plot or out.with_suffix(".png")
+    draw_plan(plan, image)
+    console.print(plan_table(plan), totals_table(plan))
+    if other is not None:
+        console.print(difference_table(compare_plans(other, plan), str(compare)))
+    console.print(f"plan      {out}\nheat map  {image}")
+
+
+def rank_dry_run(config: Config, console: Console) -> None:
+    """Print what would be ranked, the budget and the memory it takes. Reads no weights and no data."""
+    anatomy, _ = check_plan(config, meta_model(config))
+    candidates = select_candidates(anatomy, config.plan)
+    kinds = {"gradients": 2, "updates": 1}.get(find_score(config.plan.score).needs, 0)
+    plans = {}
+    for label, adaptation, unit in (
+        ("hybrid, by params", "hybrid", "params"),
+        ("hybrid, by modules", "hybrid", "modules"),
+        ("LoRA", "lora", "params"),
+    ):
+        budget = config.plan.budget.model_copy(update={"unit": unit})
+        settings = config.plan.model_copy(update={"budget": budget, "rest": "lora"})
+        as_if = config.model_copy(update={"adaptation": adaptation, "plan": settings})
+        plans[label] = plan_from(anatomy, as_if, {c.name: float(c.params) for c in candidates}, {})
+    for table in draft_tables(config, anatomy, candidates, plans, kinds):
+        console.print(table)
