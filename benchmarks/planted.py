@@ -47,7 +47,7 @@ VOCABULARY, PROMPT_LENGTH, SAMPLES, CLIP = 32, 4, 16, 0.2
 RUN_STEPS, RUN_PROMPTS = 400, 256
 GRADIENT_PROMPTS = 1024
 LORA_RANK, PROBE_LR, PROBE_PROMPTS = 4, 1.5e-3, 16
-PROBE_SCORES = ("update_tail_split", "update_tail")
+PROBE_SCORES = ("update_tail_split_by_type", "update_tail_split", "update_tail")
 MLP, VO = ("gate_proj", "up_proj", "down_proj"), ("v_proj", "o_proj")
 
 
@@ -181,15 +181,6 @@ def full_probe_scores(problem: Problem, share: float, score_rank: int) -> dict[s
     return {n: shared_tail((a, b), score_rank) / (a.shape[0] * a.shape[1]) for n, (a, b) in views.items()}
 
 
-def within_type(scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores over the root of the median of their kind (`q_proj`, ...), which halves the differences of kinds."""
-    kinds: dict[str, list[float]] = defaultdict(list)
-    for name, score in scores.items():
-        kinds[name.rpartition(".")[2]].append(score)
-    medians = {kind: max(statistics.median(values), 1e-30) for kind, values in kinds.items()}
-    return {name: score / medians[name.rpartition(".")[2]] ** 0.5 for name, score in scores.items()}
-
-
 def _scorer(problem: Problem, score: Score, score_rank: int) -> tuple[Scorer, Any]:
     plan = {"score_rank": score_rank, "exclude": ["lm_head"] if "lm_head" in problem.names else []}
     tree = {"model": {"path": "planted"}, "data": {"train": "none", "eval": "none"}, "seed": problem.case.seed}
@@ -301,7 +292,6 @@ def measure(job: tuple[Case, tuple[float, ...], float | None, int]) -> list[dict
         found, seconds = timed(lambda s=share: probe_scores(problem, s, score_rank, PROBE_SCORES))
         for name in PROBE_SCORES:
             add(name, found[name], seconds, share)
-        add("update_tail_split, within type", within_type(found["update_tail_split"]), seconds, share)
     if reference:
         values, seconds = timed(lambda: full_probe_scores(problem, reference, score_rank))
         add("two full Adam probes", values, seconds, reference)
@@ -346,7 +336,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--first-seed", type=int, default=1000, help="seeds below 100 were used to develop the default")
     parser.add_argument("--designs", default="mixed,mlp,vo")
-    parser.add_argument("--share", type=float, default=0.2, help="probe's share of the run's prompts")
+    parser.add_argument("--share", type=float, default=0.1, help="probe's share of the run's prompts")
     parser.add_argument("--curve", action="store_true", help="several shares instead of every score")
     parser.add_argument("--reference", type=float, help="also two full Adam probes on this share of the run's prompts")
     parser.add_argument("--score-rank", type=int, default=2)

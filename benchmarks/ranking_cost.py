@@ -1,6 +1,7 @@
 """What ranking costs: time against a plain pass over the same tokens, memory against the training that follows.
 
-    python benchmarks/ranking_cost.py                  # a tiny and a 100 M-parameter random model
+    python benchmarks/ranking_cost.py --sizes tiny
+    python benchmarks/ranking_cost.py --sizes 100M --length 16 --rounds 1 --repeats 1      # a quarter of an hour
 
 Every measurement runs in a process of its own, through the learner's own worker. Memory is the peak resident set above
 what the process held once the model was loaded, in bytes a parameter of the model.
@@ -36,10 +37,9 @@ from hybrid_rl.types import TrainBatch, TrainSequence
 
 SIZES = {"tiny": (128, 4, 512), "100M": (768, 12, 8192)}
 PROMPTS, SAMPLES = 64, 8
-PROMPT_TOKENS, COMPLETION_TOKENS = 16, 16
 
 
-def sequences(seed: int, count: int, vocabulary: int) -> list[TrainSequence]:
+def sequences(seed: int, count: int, vocabulary: int, length: int) -> list[TrainSequence]:
     """Random ones; what they say does not change what they cost."""
     draw = random.Random(seed)
 
@@ -47,7 +47,7 @@ def sequences(seed: int, count: int, vocabulary: int) -> list[TrainSequence]:
         return tuple(draw.randrange(2, vocabulary) for _ in range(n))
 
     return [
-        TrainSequence(tokens(PROMPT_TOKENS), tokens(COMPLETION_TOKENS), (-9.0,) * COMPLETION_TOKENS, draw.gauss(0, 1))
+        TrainSequence(tokens(length // 2), tokens(length // 2), (-9.0,) * (length // 2), draw.gauss(0, 1))
         for _ in range(count)
     ]
 
@@ -68,12 +68,12 @@ def make_model(size: str, path: Path) -> None:
     Qwen3ForCausalLM(shape).save_pretrained(path)
 
 
-def settings(path: str, tokens: int) -> Config:
+def settings(path: str, tokens: int, length: int) -> Config:
     return parse_config(
         {
             "model": {"path": path},
-            "data": {"train": "none", "eval": "none", "max_prompt_length": PROMPT_TOKENS},
-            "sampling": {"max_completion_length": COMPLETION_TOKENS},
+            "data": {"train": "none", "eval": "none", "max_prompt_length": length // 2},
+            "sampling": {"max_completion_length": length // 2},
             "batch": {"tokens_per_micro_batch": tokens, "prompts": PROMPTS, "num_generations": SAMPLES},
             "full": {"lr": 1e-5},
             "learner": {"world_size": 1, "zero_stage": 2},
@@ -81,15 +81,15 @@ def settings(path: str, tokens: int) -> Config:
     )
 
 
-def measured(what: str, path: str, vocabulary: int, tokens: int, queue: Any) -> None:
+def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace, queue: Any) -> None:
     """One measurement: median seconds of a pass over all sequences, peak memory above the loaded model's, in bytes."""
     from hybrid_rl.learner.worker import LearnerWorker
 
     torch.set_num_threads(1)
-    config = settings(path, tokens)
+    config = settings(path, options.tokens, options.length)
     worker = LearnerWorker(config, 0)
     worker.connect("127.0.0.1", free_port())
-    data = sequences(0, PROMPTS * SAMPLES, vocabulary)
+    data = sequences(0, PROMPTS * SAMPLES, vocabulary, options.length)
     halves = [data[0::2], data[1::2]]
     before = resident()
     seconds = []
@@ -98,7 +98,7 @@ def measured(what: str, path: str, vocabulary: int, tokens: int, queue: Any) -> 
         worker._model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        for _ in range(3):
+        for _ in range(options.repeats):
             started = time.perf_counter()
             for padded in worker._padded(data, 1, 0):
                 logprobs = worker._logprobs(worker._model, padded)
@@ -118,17 +118,18 @@ def measured(what: str, path: str, vocabulary: int, tokens: int, queue: Any) -> 
             lora=config.lora,
         )
         worker.build(plan.to_json())
-        for _ in range(3):
+        for _ in range(options.repeats):
             started = time.perf_counter()
             worker.train(TrainBatch((tuple(data),), 1.0))
             seconds.append(time.perf_counter() - started)
     else:
-        for _ in range(3 if what == "update_tail_split" else 1):
+        for _ in range(1 + options.repeats if what == "update_tail_split" else 1):
             if not hasattr(worker, "_scorer"):
                 worker.begin_ranking(find_score(what))
             started = time.perf_counter()
             worker.observe(halves, 1e-4)
             seconds.append(time.perf_counter() - started)
+        seconds = seconds[-options.repeats :]  # a probe passes its first rollouts through twice
         started = time.perf_counter()
         worker.finish_ranking()
         if what != "update_tail_split":
@@ -146,6 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="tiny,100M")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a micro-batch")
+    parser.add_argument("--length", type=int, default=32, help="tokens a sequence")
+    parser.add_argument("--repeats", type=int, default=3, help="passes a measurement, where it can be repeated")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=130)
@@ -171,13 +174,14 @@ def main() -> None:
             for _ in range(options.rounds):
                 for what in kinds:
                     queue = context.Queue()
-                    job = (what, str(path), SIZES[size][2], options.tokens, queue)
+                    job = (what, str(path), SIZES[size][2], options, queue)
                     process = context.Process(target=measured, args=job)
                     process.start()
                     found.setdefault(what, []).append(queue.get(timeout=1800))
                     process.join()
             table = Table("", "seconds", "/ forward and backward", "peak memory, bytes a parameter", "of it by formula")
-            table.title = f"{size}: {parameters:,} parameters, {PROMPTS} x {SAMPLES} sequences, {options.rounds} rounds"
+            tokens = f"{PROMPTS} x {SAMPLES} x {options.length} tokens"
+            table.title = f"{size}: {parameters:,} parameters, {tokens}, {options.rounds} rounds"
             plain = statistics.median(s for s, _ in found[kinds[0]])
             for what in kinds:
                 seconds = statistics.median(s for s, _ in found[what])

@@ -148,8 +148,8 @@ class ProbeConfig(_Settings):
 class PlanConfig(_Settings):
     path: str | None = None
     """Use this plan file instead of ranking."""
-    score: str = "update_tail_split"
-    """How modules are ranked: a name of `hybrid-rl rank --scores`, or your own as `module:function`."""
+    score: str = "update_tail_split_by_type"
+    """How modules are ranked: a name of `hybrid_rl/scoring`, or your own as `module:function`."""
     score_rank: PositiveInt = 2
     """Rank whose truncation the tail scores measure."""
     prompts: Annotated[int, Field(ge=2)] = 128

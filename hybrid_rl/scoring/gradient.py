@@ -12,7 +12,9 @@ adapter moves the policy, so the probe needs the memory of LoRA training, and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -101,6 +103,25 @@ _define(
     "`(<M1, M2> - (<P_r M1, M2> + <P_r M2, M1>) / 2) / n` along the probe: the full update that both halves agree on "
     "outside their best rank-r parts, per parameter.",
 )
+
+
+@register_score("update_tail_split_by_type", needs="updates")
+def update_tail_split_by_type(modules: Sequence[Evidence], context: ScoreContext) -> list[float]:
+    """`update_tail_split` over the root of its median among the modules of the same kind (`q_proj`, ...) that have a
+    positive one: half of what kinds differ by is taken out, so that a matrix is also compared with its like."""
+    scores = [_shared_tail(_direction(m), context.rank) / m.weight.params for m in modules]
+    kinds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for module, score in zip(modules, scores, strict=True):
+        if score > 0:
+            kinds[_kind(module)].append(score)
+    medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+    return [s / math.sqrt(medians[_kind(m)]) if s > 0 else 0.0 for m, s in zip(modules, scores, strict=True)]
+
+
+def _kind(module: Evidence) -> tuple[str, str]:
+    return module.weight.component, module.weight.name.rpartition(".")[2]
+
+
 _define(
     "update_tail",
     "updates",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -127,6 +128,8 @@ def find_score(name: str) -> Score:
 
 def _from_path(name: str, path: str) -> Score:
     module_name, _, attribute = path.partition(":")
+    if "" not in sys.path:  # a console script does not look where it is run
+        sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

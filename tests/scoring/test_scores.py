@@ -15,7 +15,15 @@ from hybrid_rl.scoring.gradient import shared_tail
 from hybrid_rl.scoring.view import SketchSizes, View
 
 REGISTERED = {
-    *("update_tail_split", "update_tail", "adam_tail_split", "adam_tail", "grad_tail_split", "grad_tail"),
+    *(
+        "update_tail_split_by_type",
+        "update_tail_split",
+        "update_tail",
+        "adam_tail_split",
+        "adam_tail",
+        "grad_tail_split",
+        "grad_tail",
+    ),
     *("grad_tail_frac", "lora_tangent", "erank", "grad_norm", "fisher", "weight_spectral"),
     *("weight_spectral_normalised", "random", "manual", "last_layers"),
 }
@@ -91,6 +99,20 @@ def test_scores_follow_their_formulas():
     # An adapter's first step reaches 3 of the 20 input directions, at random.
     reached = find_score("lora_tangent")([seen], CONTEXT)["l.0.q"] * 240 / total
     assert 0.5 < reached < 1
+
+
+def test_by_type_compares_a_module_with_its_like():
+    """Singular values 1 behind the rank, times a scale: the score without types is the squared scale times 10 / 144."""
+    scales = {"l.0.q": 4.0, "l.1.q": 8.0, "l.2.q": 2.0, "l.0.up": 1.0, "l.1.up": 0.0}
+    modules = []
+    for name, scale in scales.items():
+        pair = (whole(scale * torch.eye(12)), whole(scale * torch.eye(12)))
+        modules.append(module(name, (12, 12), direction=pair))
+    plain = find_score("update_tail_split")(modules, CONTEXT)
+    assert plain == pytest.approx({n: s**2 * 10 / 144 for n, s in scales.items()}, rel=1e-5)
+    typed = find_score("update_tail_split_by_type")(modules, CONTEXT)
+    expected = {n: plain[n] / math.sqrt(plain["l.0.q" if n.endswith("q") else "l.0.up"]) for n in scales}
+    assert typed == pytest.approx(expected, rel=1e-5)
 
 
 def test_normalised_terms_all_have_a_say():
