@@ -10,7 +10,7 @@ under the ROC curve of the planted ones against the decoys and against all other
 
 Designs: `mixed` plants v_proj and o_proj of one layer and a random MLP matrix, decoys alike in another layer; `mlp` and
 `vo` plant within one kind of module and count only that, so that a rule by kind says nothing. The run
-to rank for is 400 steps of 256 prompts x 16 samples; the probe is given as a share of its prompts.
+to rank for is 400 steps of 256 prompts x 16 samples; the probe is the product's default, given as a share of its steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from trainers.ranking import probe_schedule
 VOCABULARY, PROMPT_LENGTH, SAMPLES, CLIP = 32, 4, 16, 0.2
 RUN_STEPS, RUN_PROMPTS = 400, 256
 GRADIENT_PROMPTS = 1024
-LORA_RANK, PROBE_LR, PROBE_PROMPTS = 4, 1.5e-3, 16
+LORA_RANK, LORA_LR = 4, 5e-3
+"""Of the run to rank for: the rate with which LoRA learns this task best."""
 PROBE_SCORES = ("update_tail_split_by_type", "update_tail_split", "update_tail")
 MLP, VO = ("gate_proj", "up_proj", "down_proj"), ("v_proj", "o_proj")
 
@@ -139,17 +140,17 @@ def gradient_scores(problem: Problem, score_rank: int) -> dict[str, dict[str, fl
     return found
 
 
-def probe_scores(
-    problem: Problem, share: float, score_rank: int, names: Sequence[str], prompts: int = PROBE_PROMPTS
-) -> dict[str, dict[str, float]]:
-    """The scores of a probe on `share` of the run's prompts, updated after every `prompts` of them."""
-    updates = round(share * RUN_STEPS * RUN_PROMPTS / prompts)
+def probe_scores(problem: Problem, share: float, score_rank: int, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The scores of the product's probe, as it is configured by default, on `share` of the run's steps."""
     generator = torch.Generator().manual_seed(80_000 + problem.case.seed)
     scorer, config = _scorer(problem, _together(names), score_rank)
     scorer.start_probe(probe_plan(problem.anatomy, config), betas=(0.9, 0.95), max_norm=1.0, seed=problem.case.seed)
-    for update in range(updates):
-        groups = problem.rollouts(problem.student, prompts, generator)
-        scorer.observe([groups[0::2], groups[1::2]], PROBE_LR * probe_schedule(update, updates))  # type: ignore[arg-type]
+    steps, parts = round(share * RUN_STEPS), config.plan.probe.mini_batches
+    for step in range(steps):
+        groups = problem.rollouts(problem.student, RUN_PROMPTS, generator)
+        for part in range(parts):
+            lr = config.probe_lr * probe_schedule(step * parts + part, steps * parts)
+            scorer.observe([groups[half::2][part::parts] for half in range(2)], lr)  # type: ignore[misc]
     packed, _ = scorer.finish()
     return {name: {m: values[i] for m, values in packed.items()} for i, name in enumerate(names)}  # type: ignore[index]
 
@@ -184,7 +185,7 @@ def full_probe_scores(problem: Problem, share: float, score_rank: int) -> dict[s
 def _scorer(problem: Problem, score: Score, score_rank: int) -> tuple[Scorer, Any]:
     plan = {"score_rank": score_rank, "exclude": ["lm_head"] if "lm_head" in problem.names else []}
     tree = {"model": {"path": "planted"}, "data": {"train": "none", "eval": "none"}, "seed": problem.case.seed}
-    config = parse_config({**tree, "plan": plan, "lora": {"rank": LORA_RANK}})
+    config = parse_config({**tree, "plan": plan, "lora": {"rank": LORA_RANK, "lr": LORA_LR}})
     context = ScoreContext(config.plan, LORA_RANK, problem.case.seed)
     scorer = Scorer(
         problem.student, problem.anatomy.candidates, score, context, loss=loss, tokens_per_micro_batch=10**9
@@ -336,14 +337,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--first-seed", type=int, default=1000, help="seeds below 100 were used to develop the default")
     parser.add_argument("--designs", default="mixed,mlp,vo")
-    parser.add_argument("--share", type=float, default=0.1, help="probe's share of the run's prompts")
+    parser.add_argument("--share", type=float, default=0.08, help="probe's share of the run's prompts")
     parser.add_argument("--curve", action="store_true", help="several shares instead of every score")
     parser.add_argument("--reference", type=float, help="also two full Adam probes on this share of the run's prompts")
     parser.add_argument("--score-rank", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", help="file for all rows")
     options = parser.parse_args()
-    shares = (0.05, 0.1, 0.2) if options.curve else (options.share,)
+    shares = (0.04, 0.08, 0.16) if options.curve else (options.share,)
     jobs = [
         (case, shares, options.reference, options.score_rank)
         for case in cases(options.first_seed, options.seeds, options.designs.split(","))

@@ -32,7 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.config import Config, parse_config
 from hybrid_rl.plan import build_plan, select_candidates
-from hybrid_rl.scoring import find_score, sketch_floats
+from hybrid_rl.scoring import find_score, score_names, sketch_floats
 from hybrid_rl.types import TrainBatch, TrainSequence
 
 SIZES = {"tiny": (128, 4, 512), "100M": (768, 12, 8192)}
@@ -123,7 +123,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
             worker.train(TrainBatch((tuple(data),), 1.0))
             seconds.append(time.perf_counter() - started)
     else:
-        for _ in range(1 + options.repeats if what == "update_tail_split" else 1):
+        for _ in range(1 + options.repeats if what == "update_tail_split_by_type" else 1):
             if not hasattr(worker, "_scorer"):
                 worker.begin_ranking(find_score(what))
             started = time.perf_counter()
@@ -132,7 +132,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
         seconds = seconds[-options.repeats :]  # a probe passes its first rollouts through twice
         started = time.perf_counter()
         worker.finish_ranking()
-        if what != "update_tail_split":
+        if what != "update_tail_split_by_type":
             seconds[0] += time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     queue.put((statistics.median(seconds), peak - before))
@@ -169,7 +169,7 @@ def main() -> None:
                 "hybrid training",
                 "grad_tail_split",
                 "adam_tail_split",
-                "update_tail_split",
+                "update_tail_split_by_type",
             )
             for _ in range(options.rounds):
                 for what in kinds:
@@ -186,7 +186,7 @@ def main() -> None:
             for what in kinds:
                 seconds = statistics.median(s for s, _ in found[what])
                 memory = statistics.median(m for _, m in found[what])
-                views = {"grad_tail_split": 2, "adam_tail_split": 2, "update_tail_split": 1}.get(what, 0)
+                views = len(find_score(what).kinds) if what in score_names() else 0
                 formula = 4 * sketch_floats(candidates, views, 2) / parameters if views else 0.0
                 table.add_row(
                     what,

@@ -417,6 +417,10 @@ class Config(_Settings):
             )
         ranking = changed & {"budget", "score", "manual"}
         making = ranking | (changed & {"placement", "include", "exclude", "also_full", "rest"})
+        if (self.plan.score == "manual") != bool(self.plan.manual):
+            raise ValueError(f"plan.score={self.plan.score} with plan.manual={self.plan.manual}; give both or neither")
+        if self.batch.prompts < 2 and self.adaptation == "hybrid" and self.plan.path is None:
+            raise ValueError("batch.prompts=1 leaves one of the ranking's two halves empty; use at least 2")
         if self.plan.path is not None and making:
             raise ValueError(
                 f"plan.path={self.plan.path!r} gives a finished plan, which plan.{min(making)} cannot change; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hybrid_rl.components import Anatomy
 
 FP32 = 4
-_ITEM_SIZE = {"float32": 4, "bfloat16": 2}
+ITEM_SIZE = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class TrainingMemory:
 
 def training_memory(anatomy: Anatomy, trainable: int, dtype: str) -> TrainingMemory:
     """Memory of training `trainable` parameters of the model, LoRA's own included."""
-    size = _ITEM_SIZE[dtype]
+    size = ITEM_SIZE[dtype]
     weights = sum(w.params for w in anatomy.weights)
     return TrainingMemory(weights * size, trainable * FP32, trainable * FP32, 2 * trainable * FP32, trainable * size)

@@ -57,6 +57,8 @@ class AdaptationPlan:
     """How the plan was made: score and its parameters, budget, placement."""
     seed: int
     modules: tuple[PlannedModule, ...]
+    architecture: str = ""
+    """Digest of the names and shapes of all the model's weights; empty if it is not known."""
 
     def named(self, treatment: Treatment) -> list[PlannedModule]:
         """The modules with this treatment, in rank order."""
@@ -88,6 +90,7 @@ class AdaptationPlan:
         tree = {
             "version": PLAN_VERSION,
             "model": self.model,
+            "architecture": self.architecture,
             "method": dict(self.method),
             "seed": self.seed,
             "hash": self.hash,
@@ -121,7 +124,9 @@ class AdaptationPlan:
         if tree["version"] != PLAN_VERSION:
             raise ValueError(f"it has version {tree['version']}, this program reads version {PLAN_VERSION}")
         modules = tuple(_module(m) for m in tree["modules"])
-        return AdaptationPlan(tree["model"], tree["topology"], tree["method"], tree["seed"], modules)
+        return AdaptationPlan(
+            tree["model"], tree["topology"], tree["method"], tree["seed"], modules, tree.get("architecture", "")
+        )
 
     def check_against(self, anatomy: Anatomy) -> None:
         """Refuse a plan that was made for another model, or edited into something that cannot be trained."""
@@ -131,18 +136,19 @@ class AdaptationPlan:
             if m.name in seen:
                 raise ConfigError(f"the plan lists {m.name} twice")
             seen.add(m.name)
-        self._check_same_model(weights, {w.name for w in anatomy.candidates})
+        self._check_same_model(weights, anatomy)
         for m in self.modules:
             _check_treatment(m, weights[m.name])
         if not any(m.treatment != "frozen" for m in self.modules):
             raise ConfigError("the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora")
 
-    def _check_same_model(self, weights: Mapping[str, Weight], candidates: Collection[str]) -> None:
+    def _check_same_model(self, weights: Mapping[str, Weight], anatomy: Anatomy) -> None:
         absent = [m.name for m in self.modules if m.name not in weights]
         changed = [m for m in self.modules if m.name in weights and weights[m.name].shape != m.shape]
-        if not absent and not changed:
+        same = self.architecture in ("", architecture_of(anatomy))
+        if same and not absent and not changed:
             return
-        unlisted = sorted(set(candidates) - {m.name for m in self.modules})
+        unlisted = sorted({w.name for w in anatomy.candidates} - {m.name for m in self.modules})
         lines = [f"the plan was made for another model ({self.model}); rank this one anew. What differs:"]
         if absent:
             lines.append(f"  {len(absent)} modules that this model does not have, e.g. {absent[0]}")
@@ -152,6 +158,12 @@ class AdaptationPlan:
         if unlisted:
             lines.append(f"  {len(unlisted)} of this model's candidates are not in the plan, e.g. {unlisted[0]}")
         raise ConfigError("\n".join(lines))
+
+
+def architecture_of(anatomy: Anatomy) -> str:
+    """Digest of the names and shapes of all weights."""
+    content = sorted((w.name, w.shape) for w in anatomy.weights)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _module(tree: Mapping[str, Any]) -> PlannedModule:
@@ -177,7 +189,7 @@ def _check_treatment(m: PlannedModule, weight: Weight) -> None:
             raise ConfigError(f"the plan treats {m.name} as lora, but {reason}; use full or frozen")
         if (m.rank or 0) > min(m.shape):
             raise ConfigError(
-                f"the plan gives {m.name} of shape {_by(m.shape)} the rank {m.rank}; use at most {min(m.shape)}"
+                f"the plan gives {m.name} of shape {by(m.shape)} the rank {m.rank}; use at most {min(m.shape)}"
             )
 
 
@@ -197,7 +209,8 @@ def _is_positive(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
-def _by(shape: Sequence[int]) -> str:
+def by(shape: Sequence[int]) -> str:
+    """`64x128`"""
     return "x".join(str(n) for n in shape)
 
 
@@ -302,7 +315,7 @@ def build_plan(
         alpha = lora.resolved_alpha * rank / lora.rank if rank is not None else None
         modules.append(_planned(c, treatment, scores.get(c.name), rank, alpha, note=note))
     modules += [_planned(w, "full", None, None, None, extra=True) for w in extras]
-    plan = AdaptationPlan(model, anatomy.topology, method, seed, tuple(modules))
+    plan = AdaptationPlan(model, anatomy.topology, method, seed, tuple(modules), architecture_of(anatomy))
     plan.check_against(anatomy)
     return plan
 
@@ -323,12 +336,12 @@ def choose_full(
     """
     budget = settings.budget
     cost = {c.name: c.params if budget.unit == "params" else 1 for c in of}
-    total = ratio * sum(cost.values())
+    total = ratio * sum(cost.values()) * (1 + 1e-12)  # 0.29 x 100 is 28.999...
     caps = {component: share * total for component, share in budget.quotas.items()}
     unknown = sorted(caps.keys() - {c.component for c in of})
     if unknown:
         raise ConfigError(f"plan.budget.quotas names {unknown[0]}, of which there are no candidates")
-    if budget.fill == "knapsack" and 0 < ratio < 1:
+    if budget.fill == "knapsack" and 0 < ratio < 1 and ordered:
         return _knapsack(ordered, scores, cost, total, caps)
     spent: dict[str, float] = {}
     full: set[str] = set()
@@ -398,7 +411,7 @@ def _fitting_rank(weight: Weight, rank: int, note: str | None) -> tuple[int, str
     most = min(weight.shape)
     if rank <= most:
         return rank, note
-    return most, f"rank {rank} lowered to {most}: the matrix is {_by(weight.shape)}"
+    return most, f"rank {rank} lowered to {most}: the matrix is {by(weight.shape)}"
 
 
 def _planned(

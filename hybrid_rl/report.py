@@ -21,8 +21,8 @@ from rich.table import Table
 
 from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import COMPONENTS, Config
-from hybrid_rl.estimate import FP32, training_memory
-from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule
+from hybrid_rl.estimate import FP32, ITEM_SIZE, training_memory
+from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule, by
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
 
@@ -191,12 +191,12 @@ def draft_tables(
         overview.add_row(component, str(len(members)), f"{sum(w.params for w in members):,}")
     total, ratio = sum(w.params for w in candidates), config.plan.budget.ratio
     whole = sum(w.params for w in anatomy.weights)
+    size = ITEM_SIZE[config.model.dtype] * whole
     sketches = FP32 * sketch_floats(candidates, kinds, config.plan.score_rank)
-    size = {"float32": 4, "bfloat16": 2}[config.model.dtype]
     overview.caption = (
         f"{len(candidates)} matrices, {total:,} of the model's {whole:,} parameters; a budget of {ratio:.0%} is "
         f"{ratio * total:,.0f} parameters, or {int(ratio * len(candidates))} matrices; ranking by {config.plan.score} "
-        f"keeps {_gib(sketches)} of sketches ({sketches / (size * whole):.1%} of the model's bytes)"
+        f"keeps {_gib(sketches)} of sketches ({sketches / size:.1%} of the model's bytes)"
     )
     parts = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "Adam moments"}
     memory = Table("", "everything full", *plans)
@@ -214,11 +214,6 @@ def draft_tables(
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
-
-
-def by(shape: Sequence[int]) -> str:
-    """`64 x 128`"""
-    return " x ".join(str(n) for n in shape)
 
 
 def draw_plan(plan: AdaptationPlan, path: Path) -> None:

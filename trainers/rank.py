@@ -34,11 +34,12 @@ def rank_modules(config: Config, console: Console | None = None) -> AdaptationPl
 def rank_command(config: Config, console: Console, *, out: Path, plot: Path | None, compare: Path | None) -> None:
     """Rank, save `out` and its heat map (beside it unless `plot` says where), print the tables."""
     other = AdaptationPlan.load(compare, "--compare") if compare else None
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: the directory {out.parent} does not exist")
+    image = plot or out.with_suffix(".png")
+    for option, path in (("--out", out), ("--plot", image)):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{option} {path}: the directory {path.parent} does not exist")
     plan = rank_modules(config, console)
     plan.save(out)
-    image = plot or out.with_suffix(".png")
     draw_plan(plan, image)
     console.print(plan_table(plan), totals_table(plan))
     if other is not None:
@@ -50,7 +51,7 @@ def rank_dry_run(config: Config, console: Console) -> None:
     """Print what would be ranked, the budget and the memory it takes. Reads no weights and no data."""
     anatomy, _ = check_plan(config, meta_model(config))
     candidates = select_candidates(anatomy, config.plan)
-    kinds = {"gradients": 2, "updates": 1}.get(find_score(config.plan.score).needs, 0)
+    kinds = len(find_score(config.plan.score).kinds)
     plans = {}
     for label, adaptation, unit in (
         ("hybrid, by params", "hybrid", "params"),

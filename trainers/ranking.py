@@ -13,7 +13,7 @@ from hybrid_rl.plan import AdaptationPlan, select_candidates
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.scoring import Evidence, Score, ScoreContext, find_score
 from hybrid_rl.types import Prompt, TrainSequence
-from trainers.setup import Task, Workplace, plan_from
+from trainers.setup import Task, Workplace, check_engine, plan_from
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,10 @@ def make_plan(
     A workplace is needed unless the score looks at names and shapes alone.
     """
     if task.plan is not None:
+        _say_unused(config, {"score_rank", "prompts", "probe"}, "plan.path")
         return task.plan
     if config.adaptation != "hybrid" or not 0 < config.plan.budget.ratio < 1:
+        _say_unused(config, {"score_rank", "prompts", "probe"}, f"adaptation={config.adaptation}")
         return plan_from(task.anatomy, config, {}, {})
     score = find_score(config.plan.score)
     context = ScoreContext(config.plan, config.lora.rank, config.seed)
@@ -45,16 +47,23 @@ def make_plan(
         method |= {"score_rank": config.plan.score_rank, **seen}
     scores, unreached = workplace.learner.finish_ranking()
     plan = plan_from(task.anatomy, config, scores, method, unreached)
+    check_engine(config, plan)
     for m in plan.modules:
         if m.note:
             logger.warning("%s: %s (%s)", m.name, m.treatment, m.note)
     return plan
 
 
+def _say_unused(config: Config, names: set[str], because: str) -> None:
+    default = type(config.plan)()
+    unused = sorted(name for name in names if getattr(config.plan, name) != getattr(default, name))
+    if unused:
+        logger.warning("nothing is ranked (%s): %s not used", because, ", ".join(f"plan.{name}" for name in unused))
+
+
 def _observe(config: Config, task: Task, workplace: Workplace, score: Score, progress: Progress) -> dict[str, Any]:
     """Show the learner rollouts of the base policy, or of the probe as it goes; returns what was seen."""
-    # Apart from the training order. No more than there are: a problem in both halves would make noise look like
-    # agreement, so a probe longer than the data goes round and is told.
+    # Apart from the training order. A probe longer than the data goes round.
     source = PromptSource(task.train, seed=config.seed + 1)
     if score.needs == "gradients":
         prompts = source.take(min(config.plan.prompts, len(task.train)))
@@ -62,11 +71,12 @@ def _observe(config: Config, task: Task, workplace: Workplace, score: Score, pro
         [halves], dropped = _rollouts(config, workplace, prompts, step=0, parts=1)
         progress("gradients", 1, 1)
         workplace.learner.observe(halves)
-        _warn_if_nothing(sum(len(half) for half in halves))
+        _warn_if_nothing([len(half) for half in halves])
         return {"prompts": len(prompts), "zero_variance_groups": dropped}
-    steps, parts = config.probe_steps, config.plan.probe.mini_batches
+    steps, parts = config.probe_steps, min(config.plan.probe.mini_batches, config.batch.prompts // 2)
     total = steps * parts
-    used = dropped = sequences = 0
+    used = dropped = 0
+    sequences = [0, 0]
     for step in range(steps):
         progress("probe", step, steps)
         workplace.sync(step)
@@ -74,12 +84,10 @@ def _observe(config: Config, task: Task, workplace: Workplace, score: Score, pro
         batches, lost = _rollouts(config, workplace, prompts, step, parts)
         for part, halves in enumerate(batches):
             workplace.learner.observe(halves, config.probe_lr * probe_schedule(step * parts + part, total))
-            sequences += sum(len(half) for half in halves)
+            sequences = [n + len(half) for n, half in zip(sequences, halves, strict=True)]
         used, dropped = used + len(prompts), dropped + lost
     progress("probe", steps, steps)
     _warn_if_nothing(sequences)
-    if used > len(task.train):
-        logger.warning("the probe saw %d prompts, more than the %d there are; some twice", used, len(task.train))
     probe = {"steps": steps, "mini_batches": parts, "lr": config.probe_lr}
     return {"prompts": used, "zero_variance_groups": dropped, "probe": probe}
 
@@ -92,18 +100,23 @@ def probe_schedule(update: int, total: int) -> float:
 def _rollouts(
     config: Config, workplace: Workplace, prompts: Sequence[Prompt], step: int, parts: int
 ) -> tuple[list[list[list[TrainSequence]]], int]:
-    """Fresh rollouts in `parts` batches of two halves, every other prompt in either, and the groups without signal."""
+    """Fresh rollouts in `parts` batches of two halves, and how many groups had no signal. Even rows of the data are in
+    one half, odd ones in the other, however often they come."""
     seed = config.seed + 1 + step
     sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature, seed=seed)
     groups = workplace.rewards.score(prompts, workplace.pool.generate(prompts, sampling)).groups
-    batches = [[assemble(groups[half::2][part::parts]) for half in range(2)] for part in range(parts)]
-    dropped = sum(half.zero_variance_groups for halves in batches for half in halves)
-    return [[half.sequences for half in halves] for halves in batches], dropped
+    halves = [[g for g in groups if int(g.prompt.id.rpartition("/")[2]) % 2 == half] for half in range(2)]
+    batches = [[assemble(half[part::parts]) for half in halves] for part in range(parts)]
+    dropped = sum(half.zero_variance_groups for batch in batches for half in batch)
+    return [[half.sequences for half in batch] for batch in batches], dropped
 
 
-def _warn_if_nothing(sequences: int) -> None:
-    if not sequences:
+def _warn_if_nothing(sequences: Sequence[int]) -> None:
+    """A score that compares the halves is 0 where either saw nothing."""
+    if not all(sequences):
         logger.warning(
-            "the ranking saw no group with unequal rewards, so every score is 0 and modules are taken in the order of "
-            "their names; raise plan.prompts or plan.probe.steps, or give the policy an easier task"
+            "the ranking saw %d and %d completions of groups with unequal rewards in its halves; without any in one, "
+            "scores are 0 and modules are taken in the order of their names. Raise plan.prompts or plan.probe.steps, "
+            "or give the policy an easier task",
+            *sequences,
         )

@@ -102,14 +102,24 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
     else:
         find_score(config.plan.score)
         _check_choices(config, anatomy)
-    _check_engine(config, plan or draft_plan(anatomy, config))
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and (config.adaptation != "lora" or plan is not None):
+        raise ConfigError(
+            f"model.path={config.model.path!r} is quantised, and what is quantised cannot be fully fine-tuned; use the "
+            "unquantised model, or adaptation=lora"
+        )
+    for each in [plan] if plan is not None else _drafts(anatomy, config):
+        check_engine(config, each)
     return anatomy, plan
 
 
-def draft_plan(anatomy: Anatomy, config: Config) -> AdaptationPlan:
-    """A plan of the configured shape without scores: what can be said before anything is ranked."""
+def _drafts(anatomy: Anatomy, config: Config) -> list[AdaptationPlan]:
+    """Plans that between them treat every module in each way that the plan to come, or its probe, may treat it."""
     flat = dict.fromkeys((c.name for c in select_candidates(anatomy, config.plan)), 0.0)
-    return plan_from(anatomy, config, flat, {})
+    drafts = [plan_from(anatomy, config, flat, {})]
+    if (config.plan.rest == "lora" and config.adaptation != "full") or probes(config):
+        drafts.append(probe_plan(anatomy, config))
+    return drafts
 
 
 def plan_from(
@@ -177,9 +187,7 @@ def probes(config: Config) -> bool:
 
 def _largest_rank(config: Config, plan: AdaptationPlan | None, anatomy: Anatomy) -> int:
     """Largest LoRA rank that a weight update can carry; 0 if it carries no adapter."""
-    plans = [plan or draft_plan(anatomy, config)]
-    if probes(config):
-        plans.append(probe_plan(anatomy, config))
+    plans = [plan] if plan is not None else _drafts(anatomy, config)
     return max((m.rank or 0 for p in plans for m in p.modules), default=0)
 
 
@@ -192,7 +200,7 @@ def _check_choices(config: Config, anatomy: Anatomy) -> None:
         )
 
 
-def _check_engine(config: Config, plan: AdaptationPlan) -> None:
+def check_engine(config: Config, plan: AdaptationPlan) -> None:
     """Refuse what vLLM cannot be sent."""
     if config.rollout.engine != "vllm":
         return

@@ -1,6 +1,6 @@
 """Ranking on the learner: gradients of the candidates on the policy's own rollouts, at the start and along a probe.
 
-The probe trains LoRA on every candidate, on-policy, and is taken away again; the base weights are digested before and
+The probe trains LoRA on every candidate, on-policy, and is taken away again; every parameter is digested before and
 after. Ranks take turns at micro-batches whose composition depends on the settings alone, and add up what they gathered,
 so that one rank and many give the same scores.
 """
@@ -18,7 +18,7 @@ from hybrid_rl.adaptation import AdaptedModel, apply_plan, remove_adapters
 from hybrid_rl.components import Weight
 from hybrid_rl.learner.batching import micro_batches
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.scoring import Collector, Evidence, Kind, Score, ScoreContext
+from hybrid_rl.scoring import Collector, Evidence, Score, ScoreContext
 from hybrid_rl.types import TrainSequence
 from hybrid_rl.weight_sync import digest
 
@@ -26,7 +26,6 @@ LEAST_MICRO_BATCHES = 8
 """Micro-batches that each half of the base policy's sequences is dealt to at least, for their second moments."""
 CALIBRATE_EVERY = 4
 """One in so many micro-batches is passed through twice, to know the second moments before they are used."""
-_KINDS: dict[str, tuple[Kind, ...]] = {"gradients": ("gradient", "direction"), "updates": ("direction",)}
 
 Loss = Callable[[nn.Module, Sequence[TrainSequence]], Tensor]
 """Mean loss of the sequences under the model."""
@@ -63,9 +62,10 @@ class Scorer:
         self._required = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
         self._weights = {w.name: model.get_parameter(w.parameter) for w in candidates if not w.quantised}
-        self._before = self._digests()
-        kinds = _KINDS.get(score.needs, ())
-        self._collector = Collector(self._weights, kinds, context.rank, all_reduce=all_reduce) if kinds else None
+        self._before = self._digests()  # of the whole model: nothing at all may move
+        self._collector = (
+            Collector(self._weights, score.kinds, context.rank, all_reduce=all_reduce) if score.kinds else None
+        )
         self.adapted: AdaptedModel | None = None
         """The model with the probe's adapter, while there is one."""
 
@@ -83,10 +83,13 @@ class Scorer:
         """
         assert self._collector is not None
         batches = self._deal(halves)
+        if not batches:  # nothing was learnt from, so nothing is learnt
+            return
         mine = batches[self._rank :: self._world_size]
         with self._collector.watching():
             if not self._collector.calibrated:
-                first = batches[:: 1 if self.adapted else CALIBRATE_EVERY]
+                every = 1 if self.adapted else CALIBRATE_EVERY  # pairs, so that both halves have a say
+                first = [batch for i, batch in enumerate(batches) if i // 2 % every == 0]
                 for batch in first[self._rank :: self._world_size]:
                     self._backward(batch)
                 self._model.zero_grad(set_to_none=True)
@@ -152,4 +155,4 @@ class Scorer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _digests(self) -> dict[str, str]:
-        return {name: digest(weight) for name, weight in self._weights.items()}
+        return {name: digest(parameter) for name, parameter in self._model.named_parameters()}

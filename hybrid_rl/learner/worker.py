@@ -68,11 +68,16 @@ class LearnerWorker:
         )
         self._model = model.to(self._device)
         self._anatomy = read_model(self._model, self._config.plan.components)
-        cross_check(self._model, self._anatomy, self._config.plan.components)
+        if self._config.learner.gradient_checkpointing:  # acts in training mode only
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._model.enable_input_require_grads()
+        with self._autocast():
+            cross_check(self._model, self._anatomy, self._config.plan.components)
 
     def begin_ranking(self, score: Score) -> None:
         """Get ready to gather what `score` looks at. If that is a probe, the model carries its adapter from here on."""
         config = self._config
+        self._model.train()
         candidates = select_candidates(self._anatomy, config.plan)
         self._scorer = Scorer(
             self._model,
@@ -95,6 +100,10 @@ class LearnerWorker:
             assert self._scorer.adapted is not None
             self._adapted = self._scorer.adapted
 
+    def _autocast(self) -> Any:
+        """Compute in `model.dtype`: before DeepSpeed takes it over, the model is held in fp32."""
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
+
     def observe(self, halves: Sequence[Sequence[TrainSequence]], lr: float) -> None:
         """Gather gradients on two disjoint sets of sequences; with a probe, then take one step of it at rate `lr`."""
         self._scorer.observe(halves, lr)
@@ -108,7 +117,8 @@ class LearnerWorker:
     def _ranking_loss(self, model: nn.Module, sequences: Sequence[TrainSequence]) -> Tensor:
         """The run's own loss, the policy that sampled being the old one: the engine's log-probabilities."""
         padded = pad(sequences, self._device)
-        logprobs = self._logprobs(model, padded)
+        with self._autocast():
+            logprobs = self._logprobs(model, padded)
         return self._policy_loss(logprobs, padded.rollout_logprobs_N_T, padded, len(sequences)).loss
 
     def build(self, plan_json: str) -> dict[str, Any]:
@@ -116,9 +126,6 @@ class LearnerWorker:
 
         Raises `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the way.
         """
-        if self._config.learner.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-            self._model.enable_input_require_grads()
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         self._adapted = apply_plan(self._model, AdaptationPlan.from_json(plan_json))
         config = self._config

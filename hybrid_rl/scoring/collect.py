@@ -1,8 +1,9 @@
 """Gathers what scores look at, one gradient matrix at a time.
 
 Autograd hands over each parameter's gradient as soon as it is complete; it is added to the views and freed before the
-next one arrives. So the memory above the model's own is one gradient matrix and, for each candidate of shape [m, n] and
-each kind of view, two sketches (`SketchSizes.floats`) and 2 (m + n) numbers of second moments.
+next one arrives. So the memory above the model's own is one gradient matrix, three working copies of it, and what
+`sketch_floats` counts: for each candidate of shape [m, n] two sketches of each kind of view and 2 (m + n) numbers of
+second moments.
 
 Everything that is kept is a sum over micro-batches, so data-parallel ranks each take some of them and add up at the
 end: the result does not depend on how many ranks there are.
@@ -12,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_rl.components import Weight
-from hybrid_rl.scoring.registry import Evidence
+from hybrid_rl.scoring.registry import Evidence, Kind
 from hybrid_rl.scoring.view import SketchSizes, View
 
-Kind = Literal["gradient", "direction"]
 HALVES = 2
 _EPSILON = 1e-30
 
@@ -123,6 +122,8 @@ class Collector:
 
     def finish_step(self) -> None:
         """Let the gradients seen since the last call enter the second moments. Called by all ranks together."""
+        if not self._weights:
+            return
         counts = self._new_count.to(next(iter(self._squares.values())).device)
         self._all_reduce(counts)
         self._count += float(counts)
@@ -137,6 +138,8 @@ class Collector:
 
     def evidence(self, weights: Sequence[Weight]) -> tuple[list[Evidence], set[str]]:
         """Add up over the ranks. Returns what was gathered of each candidate, and whom no gradient reached."""
+        if not self._weights:
+            return [], set()
         for name in self._weights:
             for kind in self._kinds:
                 for view in self._views[kind][name]:
@@ -147,7 +150,8 @@ class Collector:
         scored = self._scored.to(next(iter(self._squares.values())).device)
         self._all_reduce(scored)
         scored.clamp_(min=1)
-        unreached = {name for name, seen in self._reached.items() if not float(seen)}
+        # Without a single micro-batch nothing is known of anyone.
+        unreached = {name for name, seen in self._reached.items() if self._count and not float(seen)}
         found = [
             Evidence(
                 w,

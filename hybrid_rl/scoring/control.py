@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from hybrid_rl.config import ConfigError
 from hybrid_rl.scoring.registry import Evidence, ScoreContext, register_score
 
 
@@ -19,6 +20,9 @@ def random_scores(modules: Sequence[Evidence], context: ScoreContext) -> list[fl
 @register_score("manual", needs="structure")
 def manual_scores(modules: Sequence[Evidence], context: ScoreContext) -> list[float]:
     """As `plan.manual` says: the value of the last of its patterns that matches the module's name, else 0."""
+    for pattern in context.plan.manual:
+        if not any(fnmatchcase(m.weight.name, pattern) for m in modules):
+            raise ConfigError(f"plan.manual: {pattern!r} matches no candidate; they look like {modules[0].weight.name}")
 
     def value(name: str) -> float:
         return next((v for p, v in reversed(context.plan.manual.items()) if fnmatchcase(name, p)), 0.0)

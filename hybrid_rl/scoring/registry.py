@@ -25,6 +25,7 @@ from hybrid_rl.scoring.view import View
 Needs = Literal["structure", "weights", "gradients", "updates"]
 """What must be gathered before a score can be computed, from free to dear: names and shapes; the base weights;
 gradients of the base policy on its own rollouts; gradients along a short probe."""
+Kind = Literal["gradient", "direction"]
 ENTRY_POINTS = "hybrid_rl.scores"
 
 
@@ -71,6 +72,12 @@ class Score:
     name: str
     needs: Needs
     function: ScoreFunction
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of view that its evidence holds."""
+        kinds: dict[Needs, tuple[Kind, ...]] = {"gradients": ("gradient", "direction"), "updates": ("direction",)}
+        return kinds.get(self.needs, ())
 
     @property
     def definition(self) -> str:

@@ -120,8 +120,29 @@ def test_normalised_terms_all_have_a_say():
     square = module("a", (16, 16), base=torch.randn(16, 16))
     wide = module("b", (64, 128), base=torch.randn(64, 128))
     low = module("c", (64, 128), base=torch.randn(64, 4) @ torch.randn(4, 128) + 0.01 * torch.randn(64, 128))
+    published = find_score("weight_spectral")([square, wide, low], CONTEXT)
+    assert published["b"] > published["c"]  # by conditioning alone
     scores = find_score("weight_spectral_normalised")([square, wide, low], CONTEXT)
-    assert sum(scores.values()) == pytest.approx(0.0, abs=1e-9)
+    weights, terms = (
+        torch.tensor([0.3, 0.3, 0.2, 0.2]).double(),
+        torch.tensor([_spectral(m) for m in (square, wide, low)], dtype=torch.float64),
+    )
+    expected = ((terms - terms.mean(0)) / terms.std(0, correction=0)) @ weights
+    assert list(scores.values()) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def _spectral(found: Evidence) -> list[float]:
+    assert found.base is not None
+    s = torch.linalg.svdvals(found.base.double())
+    p, d = s / s.sum(), len(s)
+    condition = float(s[0] / s[-1])
+    rank = float(torch.exp(-(p * p.log()).sum())) / d
+    return [
+        rank,
+        1 - float((s[:3] ** 2).sum() / (s**2).sum()),
+        math.log(1 + condition) / 10,
+        (d - 1) / math.log(condition),
+    ]
 
 
 def test_controls():
@@ -132,6 +153,8 @@ def test_controls():
     assert find_score("last_layers")(modules, CONTEXT) == {"l.0.q": 0.0, "l.3.up": 3.0, "l.1.o": 1.0}
     manual = ScoreContext(PlanConfig(manual={"l.*": 1.0, "*.up": 5.0}), 3, 0)
     assert find_score("manual")(modules, manual) == {"l.0.q": 1.0, "l.3.up": 5.0, "l.1.o": 1.0}
+    with pytest.raises(ConfigError, match="'nothing' matches no candidate"):
+        find_score("manual")(modules, ScoreContext(PlanConfig(manual={"nothing": 1.0}), 3, 0))
 
 
 def test_every_score_is_there_and_defined():

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_rl import register_score
 from hybrid_rl.cli import main
-from hybrid_rl.config import ConfigError, parse_config
+from hybrid_rl.components import read_model
+from hybrid_rl.config import ConfigError, LoraConfig, PlanConfig, parse_config
 from hybrid_rl.learner.worker import LearnerWorker
-from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan import AdaptationPlan, build_plan
 from hybrid_rl.scoring import per_module
 from tests.families import FAMILIES
+from trainers import setup
 from trainers.grpo import train
 from trainers.rank import rank_modules
 from trainers.warm_start import build_tokenizer
@@ -96,9 +98,17 @@ def test_the_same_settings_give_the_same_bytes_and_a_comparison_says_so(
     assert "--compare" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("score", ["grad_tail_split", "weight_spectral", "random"])
-def test_cheaper_scores_start_no_more_than_they_need(score: str, tree: dict):
+@pytest.mark.parametrize(("score", "starts"), [("grad_tail_split", 2), ("weight_spectral", 1), ("random", 0)])
+def test_cheaper_scores_start_no_more_than_they_need(
+    score: str, starts: int, tree: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """A learner and an engine, the learner alone, nothing."""
+    started: list[str] = []
+    for name in ("_start_learner", "_start_engine"):
+        start = getattr(setup, name)
+        monkeypatch.setattr(setup, name, lambda *a, n=name, s=start: (started.append(n), s(*a))[1])
     plan = rank_modules(parse_config({**tree, "plan": {"score": score, "prompts": 8}}))
+    assert len(started) == starts
     assert plan.method["score"] == score
     assert plan.named("full")
 
@@ -187,3 +197,32 @@ def test_bad_input_is_refused_before_any_worker_starts(tree: dict, tmp_path: Pat
     assert main(["rank", config]) == 2
     assert "--out" in capfd.readouterr().err
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_plan_of_a_shallower_model_is_refused(tree: dict, tmp_path: Path):
+    path = tmp_path / "plan.json"
+    shallow, deep = FAMILIES["qwen3"](), FAMILIES["qwen3"]()
+    deep.num_hidden_layers = shallow.num_hidden_layers + 1
+    deep.layer_types = None
+    anatomies = []
+    for config in (shallow, deep):
+        with torch.device("meta"):
+            anatomies.append(read_model(AutoModelForCausalLM.from_config(type(config)(**config.to_dict()))))
+    scores = {w.name: 1.0 for w in anatomies[0].candidates}
+    options = {"model": "shallow", "method": {}, "seed": 0, "ratio": 0.1}
+    build_plan(anatomies[0], scores, settings=PlanConfig(), lora=LoraConfig(rank=2), **options).save(path)
+    plan = AdaptationPlan.load(path)
+    plan.check_against(anatomies[0])
+    with pytest.raises(ConfigError, match="7 of this model's candidates are not in the plan"):
+        plan.check_against(anatomies[1])
+
+
+def test_without_any_signal_the_plan_is_still_made_and_said(
+    tree: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    plugin = tmp_path / "nothing.py"
+    plugin.write_text("def nothing(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    plan = rank_modules(parse_config({**tree, "rewards": [{"plugin": f"{plugin}:nothing"}]}))
+    assert plan.named("full")
+    assert not plan.named("frozen")
+    assert "saw 0 and 0 completions" in caplog.text
