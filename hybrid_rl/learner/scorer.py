@@ -144,10 +144,12 @@ class Scorer:
 
     def _step(self, lr: float) -> None:
         assert self.adapted is not None
-        for parameter in self.adapted.lora_parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self._all_reduce(parameter.grad)
+        parameters = self.adapted.lora_parameters
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        together = torch.cat([g.flatten() for g in gradients])  # one message
+        self._all_reduce(together)
+        for parameter, part in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
         torch.nn.utils.clip_grad_norm_(self.adapted.lora_parameters, self._max_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr

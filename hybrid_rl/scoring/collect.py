@@ -32,18 +32,14 @@ class SecondMoments:
     """Factored mean of squared gradients, as in Adafactor (arXiv 1804.04235, eq. 4): `V_ij = R_i C_j / mean(R)`, with R
     and C the means over the columns and the rows. [m, n] -> m + n numbers."""
 
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.rows = torch.zeros(shape[0], device=device)
-        self.columns = torch.zeros(shape[1], device=device)
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        """Sums to add to, of shapes [m] and [n]."""
+        self.rows, self.columns = rows, columns
 
     def add(self, gradient: Tensor) -> None:
         squares = gradient.square()
         self.rows += squares.mean(dim=1)
         self.columns += squares.mean(dim=0)
-
-    def merge(self, other: SecondMoments) -> None:
-        self.rows += other.rows
-        self.columns += other.columns
 
     def scale(self, gradient: Tensor, count: float) -> Tensor:
         """The gradient divided by the root of its second moment, a mean over `count` added gradients."""
@@ -79,8 +75,9 @@ class Collector:
                 for name, w in self._weights.items()
             }
         self._squares = {name: torch.zeros((), device=w.device) for name, w in self._weights.items()}
-        self._moments = {name: SecondMoments(_shape(w), w.device) for name, w in self._weights.items()}
-        self._new_moments = {name: SecondMoments(_shape(w), w.device) for name, w in self._weights.items()}
+        # In one tensor, so that ranks exchange them in one message.
+        self._all_moments, self._moments = _moments_of(self._weights)
+        self._all_new_moments, self._new_moments = _moments_of(self._weights)
         self._reached: dict[str, Tensor] = {n: torch.zeros((), device=w.device) for n, w in self._weights.items()}
         self._count = 0.0
         self._new_count = torch.zeros(())
@@ -128,13 +125,9 @@ class Collector:
         self._all_reduce(counts)
         self._count += float(counts)
         self._new_count.zero_()
-        for name, moments in self._moments.items():
-            new = self._new_moments[name]
-            self._all_reduce(new.rows)
-            self._all_reduce(new.columns)
-            moments.merge(new)
-            new.rows.zero_()
-            new.columns.zero_()
+        self._all_reduce(self._all_new_moments)
+        self._all_moments += self._all_new_moments
+        self._all_new_moments.zero_()
 
     def evidence(self, weights: Sequence[Weight]) -> tuple[list[Evidence], set[str]]:
         """Add up over the ranks. Returns what was gathered of each candidate, and whom no gradient reached."""
@@ -187,6 +180,15 @@ def sketch_floats(weights: Sequence[Weight], kinds: int, rank: int) -> int:
     sizes = SketchSizes.for_rank(rank)
     shapes = [(w.shape[0], w.shape[1]) for w in weights]
     return sum(HALVES * kinds * sizes.floats(shape) + 2 * sum(shape) for shape in shapes)
+
+
+def _moments_of(weights: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict[str, SecondMoments]]:
+    """Second moments of every weight, and the one tensor that they are views of."""
+    sizes = [n for w in weights.values() for n in _shape(w)]
+    device = next(iter(weights.values())).device if weights else None
+    whole = torch.zeros(sum(sizes), device=device)
+    parts = iter(whole.split(sizes))
+    return whole, {name: SecondMoments(next(parts), next(parts)) for name in weights}
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from hybrid_rl.scoring.collect import Collector, SecondMoments
 def test_factored_second_moments_are_exact_for_rank_one_squares():
     torch.manual_seed(0)
     scale = torch.outer(torch.rand(6) + 0.1, torch.rand(9) + 0.1)
-    moments = SecondMoments((6, 9), torch.device("cpu"))
+    moments = SecondMoments(torch.zeros(6), torch.zeros(9))
     moments.add(scale.sqrt())
     moments.add(-scale.sqrt())
     torch.testing.assert_close(moments.scale(scale.sqrt(), 2.0), torch.ones(6, 9))
@@ -47,7 +47,7 @@ def test_gradients_are_taken_as_they_come_and_freed():
     assert unreached == set()
     for evidence in found:
         name = evidence.weight.name
-        calibration = SecondMoments(tuple(weights[name].shape), torch.device("cpu"))
+        calibration = SecondMoments(*(torch.zeros(n) for n in weights[name].shape))
         for g in expected[:2]:
             calibration.add(g[name])
         for half in range(2):
