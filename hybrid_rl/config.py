@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
+
 
 class ConfigError(Exception):
     """The input or the environment is wrong; the message names the setting, its value and the fix. Exit status 2."""
@@ -111,27 +113,6 @@ class BudgetConfig(_Settings):
     `knapsack` takes the set with the largest sum of scores."""
     quotas: dict[str, Probability] = {}
     """Component -> the share of the budget that its matrices may take at most, e.g. `{mlp: 0.5}`."""
-
-
-PLACEMENTS = {
-    "all": "attention+recurrent+mlp+expert",
-    # The six conditions a model of arXiv 2604.22127 (repository at 2522b6d, results/discovery), exactly: first its
-    # sequential hybrid, then its parallel one, whose single conditions leave some of the eligible matrices out.
-    "softmax_only": "attention",
-    "gdn_only": "recurrent",
-    "mlp_only": "mlp",
-    "softmax_plus_mlp": "attention+mlp",
-    "gdn_plus_mlp": "recurrent+mlp",
-    "all_layers": "attention+recurrent+mlp",
-    "attention_only": "attention:q_proj|k_proj|v_proj",
-    "ssm_only": "recurrent:in_proj",
-    "attention_plus_mlp": "attention:q_proj|k_proj|v_proj+mlp",
-    "ssm_plus_mlp": "recurrent:in_proj+mlp",
-    "all_eligible": "attention+recurrent:in_proj+mlp+lm_head",
-}
-"""Named placements, and what each stands for."""
-PLACEABLE = ("attention", "recurrent", "mlp", "expert", "lm_head")
-COMPONENTS = (*PLACEABLE, "router", "embedding", "norm", "other")
 
 
 class ProbeConfig(_Settings):

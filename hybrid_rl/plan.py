@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid_rl.components import Anatomy, Weight
-from hybrid_rl.config import PLACEMENTS, Config, ConfigError, LoraConfig, PlanConfig
+from hybrid_rl.config import Config, ConfigError, LoraConfig, PlanConfig
 from hybrid_rl.files import write_atomically
+from hybrid_rl.placement import PLACEMENTS
 
 Treatment = Literal["full", "lora", "frozen"]
 PLAN_VERSION = 1

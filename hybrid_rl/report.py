@@ -20,13 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hybrid_rl.components import Anatomy, Weight
-from hybrid_rl.config import COMPONENTS, Config
+from hybrid_rl.config import Config
 from hybrid_rl.estimate import FP32, ITEM_SIZE, training_memory
+from hybrid_rl.placement import COMPONENTS
 from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule, by
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
 
 _COLOURS = {"accuracy": "#1b6ca8", "sampled": "#e07a1f", "reward": "#9aa5ad"}
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class RunScreen:
@@ -38,14 +44,7 @@ class RunScreen:
         self._held_out = ""
         if too_long:
             self._console.print(f"training prompts longer than data.max_prompt_length, left out: {too_long}")
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._progress = _progress(self._console)
         self._task = self._progress.add_task("starting workers", total=self._steps)
 
     def __enter__(self) -> RunScreen:
@@ -102,14 +101,7 @@ class Bar:
     """A progress bar for work whose parts are named as they come; plain lines where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = _progress(console)
         self._console = console
         self._task = self._progress.add_task("", total=1)
         self._shown = ""

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_rl.components import Anatomy, Weight, read_model
-from hybrid_rl.config import PLACEMENTS, BudgetConfig, ConfigError, LoraConfig, PlanConfig
+from hybrid_rl.config import BudgetConfig, ConfigError, LoraConfig, PlanConfig
+from hybrid_rl.placement import PLACEMENTS
 from hybrid_rl.plan import AdaptationPlan, build_plan, compare_plans, select_candidates
 
 
