@@ -56,8 +56,14 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         from hybrid_rl.tracking import dump_config
         from trainers.setup import check_task
 
-        check_task(config)
+        task = check_task(config)
         print(dump_config(config), end="")
+        if task.plan is not None:
+            from rich.console import Console
+
+            from hybrid_rl.report import plan_table
+
+            Console(stderr=True, soft_wrap=True).print(plan_table(task.plan))
         return 0
     from trainers.grpo import train
 

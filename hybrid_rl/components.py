@@ -446,7 +446,8 @@ def _no_lora(name: str, shape: tuple[int, int], model: nn.Module, modules: Modul
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, path)
     except ValueError as error:
-        return f"PEFT refuses it: {error}"
+        reason, _, _ = str(error).partition(". ")
+        return f"PEFT refuses it: {reason}"
     if min(shape) < 2:
         return f"its shape {shape} leaves no room for a low rank"
     while True:

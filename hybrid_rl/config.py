@@ -129,7 +129,7 @@ class ProbeConfig(_Settings):
 class PlanConfig(_Settings):
     path: str | None = None
     """Use this plan file instead of ranking."""
-    score: str = "update_tail_split_by_type"
+    score: str = "update_tail_split"
     """How modules are ranked: a name of `hybrid_rl/scoring`, or your own as `module:function`."""
     score_rank: PositiveInt = 2
     """Rank whose truncation the tail scores measure."""
@@ -399,7 +399,10 @@ class Config(_Settings):
         ranking = changed & {"budget", "score", "manual"}
         making = ranking | (changed & {"placement", "include", "exclude", "also_full", "rest"})
         if (self.plan.score == "manual") != bool(self.plan.manual):
-            raise ValueError(f"plan.score={self.plan.score} with plan.manual={self.plan.manual}; give both or neither")
+            raise ValueError(
+                f"plan.score={self.plan.score} with plan.manual={self.plan.manual}; give neither, or both, as in "
+                "plan.score=manual 'plan.manual={\"*.q_proj\": 1.0}'"
+            )
         if self.batch.prompts < 2 and self.adaptation == "hybrid" and self.plan.path is None:
             raise ValueError("batch.prompts=1 leaves one of the ranking's two halves empty; use at least 2")
         if self.plan.path is not None and making:
@@ -465,6 +468,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise ConfigError(
+                f"override {override!r}: the value is not valid YAML; put quotes around a pattern that starts with *, "
+                "as in "
+                "'plan.also_full=[\"*norm*\"]'"
+            ) from None
         value = text
     *parents, leaf = key.strip().split(".")
     node = tree

@@ -141,7 +141,10 @@ class AdaptationPlan:
         for m in self.modules:
             _check_treatment(m, weights[m.name])
         if not any(m.treatment != "frozen" for m in self.modules):
-            raise ConfigError("the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora")
+            raise ConfigError(
+                "the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora, or in a finished plan treat "
+                "some module as full or lora"
+            )
 
     def _check_same_model(self, weights: Mapping[str, Weight], anatomy: Anatomy) -> None:
         absent = [m.name for m in self.modules if m.name not in weights]
@@ -168,6 +171,9 @@ def architecture_of(anatomy: Anatomy) -> str:
 
 
 def _module(tree: Mapping[str, Any]) -> PlannedModule:
+    unknown = sorted(tree.keys() - PlannedModule.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"module {tree.get('name')} has {unknown[0]!r}, which means nothing")
     slices = tuple((str(name), int(rows)) for name, rows in tree.get("slices", ()))
     return PlannedModule(**{**tree, "shape": tuple(tree["shape"]), "slices": slices})
 
@@ -184,7 +190,9 @@ def _check_treatment(m: PlannedModule, weight: Weight) -> None:
         check_full(weight)
     if m.treatment == "lora":
         if not (_is_positive(m.rank, int) and _is_positive(m.alpha, (int, float))):
-            raise ConfigError(f"the plan treats {m.name} as lora without a positive rank and alpha")
+            raise ConfigError(
+                f"the plan treats {m.name} as lora without a positive rank and alpha; give both, e.g. 8 and 16"
+            )
         reason = "it is not the weight of a linear layer" if not weight.linear else weight.no_lora
         if reason:
             raise ConfigError(f"the plan treats {m.name} as lora, but {reason}; use full or frozen")
@@ -261,7 +269,13 @@ def matching(weights: Iterable[Weight], patterns: Sequence[str], setting: str, w
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
-            raise ConfigError(f"{setting}: {pattern!r} matches no {what}; names look like {names[0]}")
+            wider = f"*{pattern.strip('*')}*"
+            hint = (
+                f"did you mean {wider!r}?"
+                if any(fnmatchcase(n, wider) for n in names)
+                else f"they look like {names[0]}"
+            )
+            raise ConfigError(f"{setting}: {pattern!r} matches no {what} by its full name; {hint}")
         found |= matched
     return found
 
@@ -341,7 +355,8 @@ def choose_full(
     caps = {component: share * total for component, share in budget.quotas.items()}
     unknown = sorted(caps.keys() - {c.component for c in of})
     if unknown:
-        raise ConfigError(f"plan.budget.quotas names {unknown[0]}, of which there are no candidates")
+        there = ", ".join(dict.fromkeys(c.component for c in of))
+        raise ConfigError(f"plan.budget.quotas names {unknown[0]}, of which there are no candidates; there are {there}")
     if budget.fill == "knapsack" and 0 < ratio < 1 and ordered:
         return _knapsack(ordered, scores, cost, total, caps)
     spent: dict[str, float] = {}
@@ -475,7 +490,9 @@ def compare_plans(first: AdaptationPlan, second: AdaptationPlan) -> PlanDifferen
     one, two = ({m.name: m for m in plan.modules} for plan in (first, second))
     full_one, full_two = ({m.name for m in plan.named("full")} for plan in (first, second))
     either = full_one | full_two
-    labels = {name: (_label(one.get(name)), _label(two.get(name))) for name in dict.fromkeys([*one, *two])}
+    labels = {
+        name: (treatment_label(one.get(name)), treatment_label(two.get(name))) for name in dict.fromkeys([*one, *two])
+    }
     moved = tuple((name, a, b) for name, (a, b) in labels.items() if a != b)
     pairs = [(m.score, two[m.name].score) for m in first.candidates if m.name in two]
     scored = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -483,7 +500,8 @@ def compare_plans(first: AdaptationPlan, second: AdaptationPlan) -> PlanDifferen
     return PlanDifference(len(full_one & full_two), overlap, _spearman(scored), moved)
 
 
-def _label(module: PlannedModule | None) -> str:
+def treatment_label(module: PlannedModule | None) -> str:
+    """`full`, `lora r=8`, `frozen`; `absent` of a module that a plan does not list."""
     if module is None:
         return "absent"
     return f"lora r={module.rank}" if module.treatment == "lora" else module.treatment

@@ -23,7 +23,7 @@ from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import Config
 from hybrid_rl.estimate import FP32, ITEM_SIZE, training_memory
 from hybrid_rl.placement import COMPONENTS
-from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule, by
+from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule, by, treatment_label
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
 
@@ -132,12 +132,14 @@ def plan_table(plan: AdaptationPlan, top: int = 8) -> Table:
     for header in ("shape", "score", "treatment"):
         table.add_column(header)
     for i, m in enumerate(plan.modules[:top], start=1):
-        table.add_row(str(i), m.name, by(m.shape), "-" if m.score is None else f"{m.score:.3g}", m.treatment)
+        table.add_row(str(i), m.name, by(m.shape), "-" if m.score is None else f"{m.score:.3g}", treatment_label(m))
     extra = f" and {totals['extra_modules']} more by plan.also_full" if totals["extra_modules"] else ""
-    table.caption = (
+    left = len(plan.modules) - top
+    table.caption = (f"{left} more in the plan; " if left > 0 else "") + (
         f"{totals['full_modules'] - totals['extra_modules']} of {totals['candidate_modules']} matrices full "
         f"({share:.1%} of their parameters){extra}, {totals['lora_modules']} LoRA, {totals['frozen_modules']} frozen; "
-        f"{totals['trainable_params']:,} trainable parameters; plan {plan.hash}"
+        f"{totals['trainable_params']:,} trainable parameters; plan {plan.hash}. A matrix may rank higher "
+        "and not be full where it is larger than what is left of the budget"
     )
     return table
 
@@ -166,8 +168,8 @@ def difference_table(difference: PlanDifference, other: str, top: int = 12) -> T
     correlation = difference.rank_correlation
     table.caption = (
         f"{f'and {left} more; ' if left > 0 else ''}{len(difference.moved)} modules treated otherwise; full in both: "
-        f"{difference.same_full} (overlap {difference.full_overlap:.0%}); rank correlation of the scores: "
-        f"{'-' if correlation is None else f'{correlation:.2f}'}"
+        f"{difference.same_full} ({difference.full_overlap:.0%} of those full in either); rank correlation of the "
+        f"scores: {'-' if correlation is None else f'{correlation:.2f}'}"
     )
     return table
 

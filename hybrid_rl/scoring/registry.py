@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,9 +86,20 @@ class Score:
         return (self.function.__doc__ or "").strip()
 
     def __call__(self, modules: Sequence[Evidence], context: ScoreContext) -> dict[str, float]:
-        """Scores by module name."""
-        values = self.function(modules, context)
-        return {m.weight.name: float(value) for m, value in zip(modules, values, strict=True)}
+        """Scores by module name. Raises `ConfigError` if the function fails or returns what is no score."""
+        try:
+            values = self.function(modules, context)
+            scores = {m.weight.name: float(value) for m, value in zip(modules, values, strict=True)}
+        except ConfigError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise ConfigError(f"plan.score={self.name} failed: {type(error).__name__}: {error}") from error
+        broken = [name for name, score in scores.items() if not math.isfinite(score)]
+        if broken:
+            raise ConfigError(
+                f"plan.score={self.name} gave {broken[0]} the score {scores[broken[0]]}, which is no number"
+            )
+        return scores
 
 
 _SCORES: dict[str, Score] = {}
@@ -142,9 +155,10 @@ def _from_path(name: str, path: str) -> Score:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"plan.score={name!r} cannot be loaded: {error}") from None
     needs = getattr(function, "needs", "gradients")
-    if not callable(function) or needs not in ("structure", "weights", "gradients", "updates"):
+    takes_two = callable(function) and len(inspect.signature(inspect.unwrap(function)).parameters) == 2
+    if not takes_two or needs not in ("structure", "weights", "gradients", "updates"):
         raise ConfigError(
             f"plan.score={name!r} is not a score: {path} must be a function (modules, context) -> list of numbers, "
-            "registered with @register_score or @per_module"
+            "or (module, context) -> number under @per_module"
         )
     return Score(name, needs, cast(ScoreFunction, function))

@@ -179,7 +179,9 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch):
     def dotted(found: Evidence, context: ScoreContext) -> float:
         return 2.0
 
-    monkeypatch.setitem(__import__("sys").modules, "my_scores", SimpleNamespace(dotted=dotted, number=3))
+    monkeypatch.setitem(
+        __import__("sys").modules, "my_scores", SimpleNamespace(dotted=dotted, number=3, one=lambda context: {})
+    )
     score = find_score("my_scores:dotted")
     assert (score.needs, score([module()], CONTEXT)) == ("gradients", {"l.0.q": 2.0})
     for wrong, message in (
@@ -187,6 +189,7 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch):
         ("my_scores:absent", "cannot be loaded"),
         ("no_such_module:f", "cannot be loaded"),
         ("my_scores:number", "is not a score"),
+        ("my_scores:one", "is not a score"),
     ):
         with pytest.raises(ConfigError, match=message):
             find_score(wrong)

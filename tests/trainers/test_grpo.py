@@ -96,7 +96,7 @@ def test_a_run_survives_kill_9_of_its_engine_and_stays_in_step_with_it(
 
     plan = AdaptationPlan.load(run.plan)
     assert plan.totals["full_params"] <= 0.1 * plan.totals["candidate_params"]
-    assert plan.method["score"] == "update_tail_split_by_type"
+    assert plan.method["score"] == "update_tail_split"
     summary = run.read_summary()
     assert set(summary) >= {"eval_before", "eval_after", "steps", "wall_seconds", "plan_hash"}
     assert summary["plan_hash"] == plan.hash

@@ -91,7 +91,7 @@ def test_the_same_settings_give_the_same_bytes_and_a_comparison_says_so(
     assert main(["rank", config, "--out", str(one)]) == 0
     assert main(["rank", config, "--out", str(two), "--compare", str(one)]) == 0
     assert one.read_bytes() == two.read_bytes()
-    assert "overlap 100%" in capfd.readouterr().out
+    assert "(100% of those full in either)" in capfd.readouterr().out
     assert main(["rank", config, "plan.score=last_layers", "--out", str(other), "--compare", str(one)]) == 0
     assert "modules treated otherwise" in capfd.readouterr().out
     assert main(["rank", config, "--out", str(two), "--compare", str(tmp_path / "none.json")]) == 2
@@ -187,10 +187,13 @@ def test_bad_input_is_refused_before_any_worker_starts(tree: dict, tmp_path: Pat
         ("plan.score=update_tail_spilt", "did you mean update_tail_split"),
         ("plan.placement=recurrent", "this attention-only model has no such matrices"),
         ("plan.placement=atention", "'atention' is no component"),
-        ("plan.also_full=[nothing*]", "matches no weight"),
+        ("plan.also_full=[nothing*]", "matches no weight by its full name"),
         ("lora.ranks={nothing: 4}", "lora.ranks: 'nothing' matches no candidate"),
         ("plan.components={nothing: mlp}", "nothing"),
         ("plan.path=x.json", "nothing to rank"),
+        ("plan.exclude=[q_proj]", "did you mean '*q_proj*'?"),
+        ("plan.also_full=[*norm*]", "put quotes around a pattern"),
+        ("plan.budget.quotas={mpl: 0.5}", "there are attention, mlp"),
     ):
         assert main(["rank", config, override, *out]) == 2, override
         assert message in capfd.readouterr().err
@@ -226,3 +229,14 @@ def test_without_any_signal_the_plan_is_still_made_and_said(
     assert plan.named("full")
     assert not plan.named("frozen")
     assert "saw 0 and 0 completions" in caplog.text
+
+
+def test_a_score_that_fails_is_named(tree: dict):
+    for name, result, message in (
+        ("of_zero", lambda: 1 / 0, "plan.score=of_zero failed: ZeroDivisionError"),
+        ("of_text", lambda: "hi", "plan.score=of_text failed: ValueError"),
+        ("of_nothing", lambda: float("nan"), "the score nan, which is no number"),
+    ):
+        register_score(name, needs="structure")(per_module(lambda found, context, result=result: result()))
+        with pytest.raises(ConfigError, match=message):
+            rank_modules(parse_config({**tree, "plan": {"score": name}}))
