@@ -202,7 +202,7 @@ def _together(names: Sequence[str]) -> Score:
             columns = zip(*(part(modules, context) for part in parts), strict=True)
             return {m.weight.name: values for m, values in zip(modules, columns, strict=True)}
 
-    return Several("several", "updates", parts[0])
+    return Several("several", "updates", parts[0], ("direction",))
 
 
 def _teacher(case: Case) -> Any:

@@ -164,10 +164,12 @@ class Collector:
             half, weight, scale = self._current
             gradient = gradient.detach().float() * scale
             self._reached[name] += gradient.any()
-            self._new_moments[name].add(gradient)
+            if "direction" in self._kinds:
+                self._new_moments[name].add(gradient)
             if not self.calibrated:
                 return
-            self._squares[name] += gradient.square().sum()
+            if "gradient" in self._kinds:
+                self._squares[name] += gradient.square().sum()
             for kind in self._kinds:
                 matrix = self._moments[name].scale(gradient, self._count) if kind == "direction" else gradient
                 self._views[kind][name][half].add(matrix, weight)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hybrid_rl.scoring.registry import Evidence, Needs, ScoreContext, per_module, register_score
+from hybrid_rl.scoring.registry import Evidence, Kind, Needs, ScoreContext, per_module, register_score
 from hybrid_rl.scoring.view import View
 
 Pair = tuple[View, View]
@@ -85,7 +85,8 @@ def _of_pair(pair: Callable[[Evidence], Pair], of: Callable[[Pair, int], float])
 
 def _define(name: str, needs: Needs, score: Callable[[Evidence, ScoreContext], float], definition: str) -> None:
     score.__doc__ = definition
-    register_score(name, needs=needs)(per_module(score))
+    kind: Kind = "direction" if name.startswith(("adam_", "update_")) else "gradient"
+    register_score(name, needs=needs, kinds=(kind,))(per_module(score))
 
 
 def _tail(pair: Pair, rank: int) -> float:

@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib.metadata import entry_points
 from typing import Literal, cast
@@ -74,12 +74,8 @@ class Score:
     name: str
     needs: Needs
     function: ScoreFunction
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of view that its evidence holds."""
-        kinds: dict[Needs, tuple[Kind, ...]] = {"gradients": ("gradient", "direction"), "updates": ("direction",)}
-        return kinds.get(self.needs, ())
+    kinds: tuple[Kind, ...]
+    """The kinds of view that its evidence holds."""
 
     @property
     def definition(self) -> str:
@@ -105,14 +101,22 @@ class Score:
 _SCORES: dict[str, Score] = {}
 
 
-def register_score(name: str, *, needs: Needs = "gradients") -> Callable[[ScoreFunction], ScoreFunction]:
-    """Decorator that makes a function available as `plan.score=name`. Raises `ValueError` if the name is taken."""
+_KINDS: dict[Needs, tuple[Kind, ...]] = {"gradients": ("gradient", "direction"), "updates": ("direction",)}
+
+
+def register_score(
+    name: str, *, needs: Needs = "gradients", kinds: tuple[Kind, ...] | None = None
+) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Decorator that makes a function available as `plan.score=name`. Raises `ValueError` if the name is taken.
+
+    `kinds` says which of a gradient score's views it looks at; the others are then not gathered.
+    """
 
     def register(function: ScoreFunction) -> ScoreFunction:
         if name in _SCORES and _SCORES[name].function is not function:
             raise ValueError(f"there is a score {name!r} already")
-        _SCORES[name] = Score(name, needs, function)
-        function.needs = needs  # type: ignore[attr-defined]
+        found = _KINDS.get(needs, ()) if kinds is None else kinds
+        _SCORES[name] = function.score = Score(name, needs, function, found)  # type: ignore[attr-defined]
         return function
 
     return register
@@ -154,11 +158,13 @@ def _from_path(name: str, path: str) -> Score:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"plan.score={name!r} cannot be loaded: {error}") from None
-    needs = getattr(function, "needs", "gradients")
+    registered = getattr(function, "score", None)
+    if isinstance(registered, Score):
+        return replace(registered, name=name)
     takes_two = callable(function) and len(inspect.signature(inspect.unwrap(function)).parameters) == 2
-    if not takes_two or needs not in ("structure", "weights", "gradients", "updates"):
+    if not takes_two:
         raise ConfigError(
             f"plan.score={name!r} is not a score: {path} must be a function (modules, context) -> list of numbers, "
             "or (module, context) -> number under @per_module"
         )
-    return Score(name, needs, cast(ScoreFunction, function))
+    return Score(name, "gradients", cast(ScoreFunction, function), _KINDS["gradients"])
