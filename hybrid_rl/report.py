@@ -23,7 +23,8 @@ from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import Config
 from hybrid_rl.estimate import FP32, ITEM_SIZE, training_memory
 from hybrid_rl.placement import COMPONENTS
-from hybrid_rl.plan import AdaptationPlan, PlanDifference, PlannedModule, by, treatment_label
+from hybrid_rl.plan import AdaptationPlan, PlannedModule, by, treatment_label
+from hybrid_rl.plan_difference import PlanDifference
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
 

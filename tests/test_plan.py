@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hybrid_rl.components import Anatomy, Weight, read_model
 from hybrid_rl.config import BudgetConfig, ConfigError, LoraConfig, PlanConfig
 from hybrid_rl.placement import PLACEMENTS
-from hybrid_rl.plan import AdaptationPlan, build_plan, compare_plans, select_candidates
+from hybrid_rl.plan import AdaptationPlan, build_plan, select_candidates
+from hybrid_rl.plan_difference import compare_plans
 
 
 def weight(name: str, component: str, layer: int | None, shape: tuple[int, ...], **more) -> Weight:

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from hybrid_rl.config import Config, ConfigError
-from hybrid_rl.plan import AdaptationPlan, compare_plans, select_candidates
+from hybrid_rl.plan import AdaptationPlan, select_candidates
+from hybrid_rl.plan_difference import compare_plans
 from hybrid_rl.report import Bar, difference_table, draft_tables, draw_plan, plan_table, totals_table
 from hybrid_rl.scoring import find_score
 from trainers.ranking import make_plan

@@ -37,6 +37,8 @@ def make_plan(
     score = find_score(config.plan.score)
     context = ScoreContext(config.plan, config.lora.rank, config.seed)
     method: dict[str, Any] = {"score": score.name}
+    used = {"gradients": {"score_rank", "prompts"}, "updates": {"score_rank", "probe"}}.get(score.needs, set())
+    _say_unused(config, {"score_rank", "prompts", "probe"} - used, f"plan.score={score.name}")
     if score.needs == "structure":
         candidates = select_candidates(task.anatomy, config.plan)
         return plan_from(task.anatomy, config, score([Evidence(w) for w in candidates], context), method)
@@ -58,7 +60,7 @@ def _say_unused(config: Config, names: set[str], because: str) -> None:
     default = type(config.plan)()
     unused = sorted(name for name in names if getattr(config.plan, name) != getattr(default, name))
     if unused:
-        logger.warning("nothing is ranked (%s): %s not used", because, ", ".join(f"plan.{name}" for name in unused))
+        logger.warning("%s: %s not used", because, ", ".join(f"plan.{name}" for name in unused))
 
 
 def _observe(config: Config, task: Task, workplace: Workplace, score: Score, progress: Progress) -> dict[str, Any]:

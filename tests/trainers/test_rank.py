@@ -100,7 +100,7 @@ def test_the_same_settings_give_the_same_bytes_and_a_comparison_says_so(
 
 @pytest.mark.parametrize(("score", "starts"), [("grad_tail_split", 2), ("weight_spectral", 1), ("random", 0)])
 def test_cheaper_scores_start_no_more_than_they_need(
-    score: str, starts: int, tree: dict, monkeypatch: pytest.MonkeyPatch
+    score: str, starts: int, tree: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """A learner and an engine, the learner alone, nothing."""
     started: list[str] = []
@@ -109,6 +109,7 @@ def test_cheaper_scores_start_no_more_than_they_need(
         monkeypatch.setattr(setup, name, lambda *a, n=name, s=start: (started.append(n), s(*a))[1])
     plan = rank_modules(parse_config({**tree, "plan": {"score": score, "prompts": 8}}))
     assert len(started) == starts
+    assert ("plan.prompts not used" in caplog.text) == (score != "grad_tail_split")
     assert plan.method["score"] == score
     assert plan.named("full")
 
