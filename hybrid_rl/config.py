@@ -15,35 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from hybrid_rl.algo import PRESETS, AlgoConfig
 from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
-
-
-class ConfigError(Exception):
-    """The input or the environment is wrong; the message names the setting, its value and the fix. Exit status 2."""
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, values: Any) -> Any:
-        """pydantic takes `true` for 1 where a number is wanted."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name}={str(value).lower()}: a truth value is not expected here")
-        return values
-
+from hybrid_rl.settings import ConfigError, NotNegative, Positive, Probability, Settings
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Probability = Annotated[float, Field(gt=0, le=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     path: str
     """A hub name or a local directory holding a causal language model and its tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -54,7 +36,7 @@ class ModelConfig(_Settings):
     """Attention implementation of the learner (transformers' name for it)."""
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     train: str
     """Training problems: a local `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub data set
     `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator."""
@@ -74,14 +56,7 @@ class DataConfig(_Settings):
     """Use the first so many held-out problems; all of them by default."""
 
 
-class AlgoConfig(_Settings):
-    clip_low: Probability = 0.2
-    """Lower clip of the importance ratio: 1 - clip_low."""
-    clip_high: Annotated[float, Field(gt=0)] = 0.2
-    """Upper clip of the importance ratio: 1 + clip_high."""
-
-
-class BatchConfig(_Settings):
+class BatchConfig(Settings):
     prompts: PositiveInt = 32
     """Prompts a step."""
     num_generations: Annotated[int, Field(ge=2)] = 8
@@ -92,8 +67,8 @@ class BatchConfig(_Settings):
     """Most tokens, padding included, that a learner rank puts through the model at once. Does not change gradients."""
 
 
-class SamplingConfig(_Settings):
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+class SamplingConfig(Settings):
+    temperature: Positive = 1.0
     """Sampling temperature of training rollouts; the learner's log-probabilities use the same."""
     top_p: Probability = 1.0
     """Nucleus sampling. Below 1 the learner still scores under the full distribution; see `policy/rollout_kl`."""
@@ -103,7 +78,7 @@ class SamplingConfig(_Settings):
     """Strings that end a completion."""
 
 
-class BudgetConfig(_Settings):
+class BudgetConfig(Settings):
     ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the candidates that may be fully fine-tuned."""
     unit: Literal["params", "modules"] = "params"
@@ -115,18 +90,18 @@ class BudgetConfig(_Settings):
     """Component -> the share of the budget that its matrices may take at most, e.g. `{mlp: 0.5}`."""
 
 
-class ProbeConfig(_Settings):
+class ProbeConfig(Settings):
     """The short LoRA training run along which the `update_*` scores are taken; it leaves no trace in the policy."""
 
     steps: PositiveInt | None = None
     """Rollout batches, of the run's own size; 8 % of the run's `steps` by default, at least 8."""
     mini_batches: PositiveInt = 8
     """Updates of the probe a rollout batch."""
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Positive | None = None
     """Peak learning rate, falling linearly to a tenth of it; half of LoRA's by default."""
 
 
-class PlanConfig(_Settings):
+class PlanConfig(Settings):
     path: str | None = None
     """Use this plan file instead of ranking."""
     score: str = "update_tail_split"
@@ -173,24 +148,24 @@ class PlanConfig(_Settings):
         return value
 
 
-class FullConfig(_Settings):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+class FullConfig(Settings):
+    lr: Positive = 1e-6
     """Learning rate of the fully fine-tuned matrices."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
 
 
-class LoraConfig(_Settings):
-    lr: Annotated[float, Field(gt=0)] | None = None
+class LoraConfig(Settings):
+    lr: Positive | None = None
     """Learning rate of the LoRA matrices; 10 x `full.lr` by default."""
     rank: PositiveInt = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Positive | None = None
     """LoRA scaling numerator; 2 x `lora.rank` by default."""
     ranks: dict[str, PositiveInt] = {}
     """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
 
     @property
@@ -199,7 +174,7 @@ class LoraConfig(_Settings):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
-class LearnerConfig(_Settings):
+class LearnerConfig(Settings):
     world_size: PositiveInt = 2
     """Data-parallel learner ranks."""
     zero_stage: Literal[1, 2, 3] = 2
@@ -211,13 +186,13 @@ class LearnerConfig(_Settings):
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    cpus: Annotated[float, Field(gt=0)] = 0.5
+    cpus: Positive = 0.5
     """CPUs that each rank reserves in the cluster."""
-    gpus: Annotated[float, Field(ge=0)] | None = None
+    gpus: NotNegative | None = None
     """GPUs that each rank reserves; 1 where the cluster has any, else 0."""
 
 
-class RolloutConfig(_Settings):
+class RolloutConfig(Settings):
     engine: Literal["vllm", "transformers"] = "vllm"
     """What generates completions. `transformers` is slow and runs any model."""
     engines: PositiveInt = 1
@@ -230,67 +205,67 @@ class RolloutConfig(_Settings):
     """Memory for one engine's key-value cache (vLLM on CPU)."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times that dead engines are replaced before the run fails."""
-    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    timeout: Positive = 1800.0
     """Seconds after which an engine that has not answered is taken for dead."""
-    cpus: Annotated[float, Field(gt=0)] = 0.5
+    cpus: Positive = 0.5
     """CPUs that each engine reserves in the cluster."""
-    gpus: Annotated[float, Field(ge=0)] | None = None
+    gpus: NotNegative | None = None
     """GPUs that each engine reserves; 1 where the cluster has any, else 0."""
 
 
-class SyncConfig(_Settings):
+class SyncConfig(Settings):
     verify: bool = True
     """After every weight update, compare digests of what each engine holds with the learner's; stop on a difference."""
 
 
-class RewardSpec(_Settings):
+class RewardSpec(Settings):
     plugin: str
     """`module:function` or `path/to/file.py:function`."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
 
 
-class RewardConfig(_Settings):
-    timeout: Annotated[float, Field(gt=0)] = 30.0
+class RewardConfig(Settings):
+    timeout: Positive = 30.0
     """Seconds that one completion's score may take; for a whole group at first, then completion by completion."""
     workers: PositiveInt = 2
     """Reward processes."""
 
 
-class ClusterConfig(_Settings):
+class ClusterConfig(Settings):
     backend: Literal["ray", "inline"] = "ray"
     """`inline` runs the same workers in this process, for debugging."""
     address: str | None = None
     """Ray cluster to join (`auto`, `host:port`); one is started on this machine by default."""
 
 
-class CheckpointConfig(_Settings):
+class CheckpointConfig(Settings):
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: PositiveInt = 2
     """Checkpoints kept."""
 
 
-class EvalConfig(_Settings):
+class EvalConfig(Settings):
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations. 0: only before and after."""
     k: Annotated[int, Field(ge=0)] = 4
     """Samples a problem for mean@k, at `sampling.temperature`. 0: greedy only."""
 
 
-class TrackingConfig(_Settings):
+class TrackingConfig(Settings):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "hybrid-rl"
     """wandb project."""
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings):
     dir: str | None = None
     """Exactly the run's directory. By default `runs/<run.name or config name>-<time>`."""
     name: str | None = None
 
 
-class WarmStartConfig(_Settings):
+class WarmStartConfig(Settings):
     """Shape and training of the small base policy that `hybrid-rl warm-start` makes where there is none."""
 
     hidden_size: PositiveInt = 128
@@ -300,20 +275,20 @@ class WarmStartConfig(_Settings):
     steps: PositiveInt = 400
     """Training steps; the learning rate falls to 0 over the last 40 % of them."""
     batch: PositiveInt = 128
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Positive = 1e-3
     slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Share of the demonstrations that show the data's `slip` (a common mistake) instead of its `answer`, where it has
     that column. Imitation learns the mistake; reinforcement learning has it to unlearn."""
     seed: int = 0
 
 
-class Config(_Settings):
+class Config(Settings):
     """All settings of a run; see the fields of each section."""
 
     model: ModelConfig
     data: DataConfig
-    algorithm: Literal["grpo"] = "grpo"
-    """Preset of the policy-optimisation algorithm; single fields are overridden under `algo`."""
+    algorithm: Literal[tuple(PRESETS)] = "grpo"  # type: ignore[valid-type]
+    """Preset of the policy-optimisation algorithm (`PRESETS` in `hybrid_rl/algo.py`); fields of `algo` override it."""
     algo: AlgoConfig = AlgoConfig()
     adaptation: Literal["hybrid", "lora", "full"] = "hybrid"
     """`hybrid`: the best-scored candidates full, the rest LoRA; `lora`: LoRA on all; `full`: all of them full."""
@@ -338,6 +313,15 @@ class Config(_Settings):
     tracking: TrackingConfig = TrackingConfig()
     run: RunConfig = RunConfig()
     warm_start: WarmStartConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, tree: Any) -> Any:
+        """What `algo` does not say, `algorithm` says."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("algo") or {}, dict):
+            return tree
+        preset = PRESETS.get(str(tree.get("algorithm", "grpo")), {})
+        return {**tree, "algo": {**preset, **(tree.get("algo") or {})}}
 
     @property
     def lora_lr(self) -> float:
