@@ -11,10 +11,21 @@ _PUBLIC = {
     "apply_plan": "hybrid_rl.adaptation",
     "load_config": "hybrid_rl.config",
     "rank_modules": "trainers.rank",
+    "register_advantage": "hybrid_rl.algorithms",
+    "register_loss": "hybrid_rl.algorithms",
     "register_score": "hybrid_rl.scoring",
 }
 
-__all__ = ["AdaptationPlan", "Config", "apply_plan", "load_config", "rank_modules", "register_score"]
+__all__ = [
+    "AdaptationPlan",
+    "Config",
+    "apply_plan",
+    "load_config",
+    "rank_modules",
+    "register_advantage",
+    "register_loss",
+    "register_score",
+]
 
 
 def __getattr__(name: str) -> Any:

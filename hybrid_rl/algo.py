@@ -47,7 +47,7 @@ class AlgoConfig(Settings):
     first pass does not give them, or the rollout engine's."""
     mismatch: Literal["none", "truncate", "mask"] = "none"
     """Correction for the engine and the learner computing differently, by their ratio at the weights that sampled:
-    clamp it to the bounds and weigh with it (TIS), or leave out what lies outside of them (MIS)."""
+    clamp it to the bounds and weigh with it (TIS), or weigh with it and leave out what lies outside of them (MIS)."""
     mismatch_level: Literal["token", "sequence", "geometric"] = "token"
     """Ratio of each token; of the sequence, as the product of its tokens'; or as their geometric mean."""
     mismatch_min: NotNegative = 0.0
@@ -89,6 +89,8 @@ class AlgoConfig(Settings):
                 f"algo.mismatch={self.mismatch} corrects for what algo.old_logprobs=rollout puts into the ratio; "
                 "use one of them"
             )
+        if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(f"algo.dual_clip={self.dual_clip} does nothing to algo.loss={self.loss}; drop one of them")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(f"algo.dual_clip={self.dual_clip} must be above 1 + algo.clip_high = {1 + self.clip_high}")
         return self

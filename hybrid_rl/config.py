@@ -22,6 +22,7 @@ from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
 from hybrid_rl.settings import ConfigError, NotNegative, Positive, Probability, Settings
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Schedule = Literal["constant", "linear", "cosine"]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -62,7 +63,9 @@ class BatchConfig(Settings):
     num_generations: Annotated[int, Field(ge=2)] = 8
     """Completions a prompt: the group whose rewards are compared."""
     mini_batches: PositiveInt = 1
-    """Optimizer steps a rollout batch; 1 is strictly on-policy."""
+    """Parts that a rollout batch is split into, one optimizer step each; 1 is strictly on-policy."""
+    epochs: PositiveInt = 1
+    """Times that a rollout batch is gone through."""
     tokens_per_micro_batch: PositiveInt = 8192
     """Most tokens, padding included, that a learner rank puts through the model at once. Does not change gradients."""
 
@@ -154,6 +157,10 @@ class FullConfig(Settings):
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Its own warm-up; `learner.warmup_steps` by default."""
+    schedule: Schedule | None = None
+    """Its own course of the learning rate; `learner.schedule` by default."""
 
 
 class LoraConfig(Settings):
@@ -167,6 +174,10 @@ class LoraConfig(Settings):
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Its own warm-up; `learner.warmup_steps` by default."""
+    schedule: Schedule | None = None
+    """Its own course of the learning rate; `learner.schedule` by default."""
 
     @property
     def resolved_alpha(self) -> float:
@@ -181,9 +192,25 @@ class LearnerConfig(Settings):
     """DeepSpeed ZeRO stage."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which both learning rates rise linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """Course of both learning rates after warm-up; the last two end at 0 after `steps`."""
+    optimizer: Literal["torch", "deepspeed"] = "torch"
+    """AdamW of torch, or DeepSpeed's, which is compiled at first use: fused, or on the CPU where it is offloaded."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in CPU memory: the optimizer's state and masters, or (ZeRO-3) the weights too."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Put sequences one after another without padding. `auto`: where a check at the start finds that they do not see
+    each other; `on`: refuse a model of which that is not so."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share each sequence, for long contexts (DeepSpeed-Ulysses). They divide the attention heads; each has
+    `batch.tokens_per_micro_batch` of a row's tokens."""
+    logits_mib: PositiveInt = 128
+    """Memory for the fp32 logits that exist at once. They are computed again in the backward pass."""
+    max_skipped_updates: PositiveInt = 10
+    """Stop after so many updates in a row were skipped because a gradient was not finite."""
+    peak_tflops: Positive | None = None
+    """What one GPU could do in `model.dtype`, for `throughput/mfu`; known for common GPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     cpus: Positive = 0.5
@@ -344,12 +371,19 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        slices = self.batch.mini_batches * self.learner.world_size
+        ranks = self.learner.world_size
+        if ranks % self.learner.sequence_parallel:
+            raise ValueError(
+                f"learner.world_size={ranks} is no multiple of learner.sequence_parallel="
+                f"{self.learner.sequence_parallel}; make it one"
+            )
+        ranks //= self.learner.sequence_parallel  # those of a sequence group work on the same completions
+        slices = self.batch.mini_batches * ranks
         if self.completions_per_step % slices:
             raise ValueError(
                 f"batch.prompts x batch.num_generations = {self.batch.prompts} x {self.batch.num_generations} = "
                 f"{self.completions_per_step} completions do not divide among batch.mini_batches x learner.world_size "
-                f"= {self.batch.mini_batches} x {self.learner.world_size} = {slices}; make it a multiple of {slices}"
+                f"= {self.batch.mini_batches} x {ranks} = {slices}; make it a multiple of {slices}"
             )
         if self.cluster.backend == "inline" and self.learner.world_size > 1:
             raise ValueError(
@@ -365,10 +399,14 @@ class Config(Settings):
         if "{prompt}" not in self.data.template:
             raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
         longest = self.data.max_prompt_length + self.sampling.max_completion_length
-        if longest > self.batch.tokens_per_micro_batch:
+        if longest > self.batch.tokens_per_micro_batch * self.learner.sequence_parallel:
             raise ValueError(
                 f"batch.tokens_per_micro_batch={self.batch.tokens_per_micro_batch} cannot hold one sequence of "
                 f"data.max_prompt_length + sampling.max_completion_length = {longest} tokens; raise it or shorten those"
+            )
+        if self.learner.sequence_parallel > 1 and self.learner.packing == "off":
+            raise ValueError(
+                f"learner.sequence_parallel={self.learner.sequence_parallel} cuts packed rows; drop learner.packing=off"
             )
         return self
 
@@ -400,10 +438,10 @@ class Config(Settings):
             )
         if self.adaptation == "lora" and self.plan.rest == "frozen":
             raise ValueError("adaptation=lora with plan.rest=frozen trains nothing; drop one of them")
-        if self.model.dtype == "bfloat16" and self.learner.zero_stage == 1:
+        if self.learner.offload == "all" and self.learner.zero_stage < 3:
             raise ValueError(
-                "model.dtype=bfloat16 with learner.zero_stage=1 is not supported (DeepSpeed's separate bf16 optimizer "
-                "does not clip by group); use learner.zero_stage=2"
+                f"learner.offload=all needs the weights in shares, but learner.zero_stage={self.learner.zero_stage}; "
+                "use learner.zero_stage=3, or learner.offload=optimizer"
             )
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.files import write_atomically
-from hybrid_rl.types import ScoredGroup
+from hybrid_rl.types import ScoredGroup, TrainBatch
 
 
 class RunDirectory:
@@ -105,6 +105,13 @@ class RunDirectory:
                 }
                 lines.append(json.dumps(record, default=str))
         (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def write_skipped(self, step: int, batch: TrainBatch) -> Path:
+        """The mini-batches of a step whose update was skipped, for a look at them."""
+        path = self.path / "skipped" / f"step_{step:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps([[dataclasses.asdict(s) for s in m] for m in batch.mini_batches]))
+        return path
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

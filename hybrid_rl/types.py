@@ -72,6 +72,13 @@ class TrainSequence:
     completion_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
     advantage: float
+    weight: float = 0.0
+    """Factor of each of its tokens' losses; their sum over a mini-batch is the loss."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ class TrainBatch:
     """What the learner trains on in one step; sequences of mini-batch m are `mini_batches[m]`."""
 
     mini_batches: tuple[tuple[TrainSequence, ...], ...]
-    lr_scale: float
-    """Factor of both learning rates at this step."""
+    lr_scale: Mapping[str, float]
+    """Factor of each part's learning rate at this step."""
 
 
 @dataclass(frozen=True)

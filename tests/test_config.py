@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hybrid_rl.algo import PRESETS
+from hybrid_rl.algorithms import find_advantage, find_loss
 from hybrid_rl.config import Config, ConfigError, load_config, parse_config, setting_names
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
@@ -25,6 +27,22 @@ def test_defaults_are_resolved():
     config = parse(full={"lr": 2e-6}, lora={"rank": 8})
     assert config.lora_lr == pytest.approx(2e-5)
     assert config.lora.resolved_alpha == 16
+
+
+def test_a_preset_fills_in_what_algo_does_not_say():
+    config = parse(algorithm="gspo", algo={"clip_high": 0.1})
+    assert (config.algo.loss, config.algo.clip_low, config.algo.clip_high) == ("gspo", 3e-4, 0.1)
+    again = parse_config(config.model_dump(mode="json"))
+    assert again == config
+    assert parse(algorithm="dapo").algo.zero_variance == "resample"
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_name_settings(name: str):
+    config = parse(algorithm=name)
+    assert all(getattr(config.algo, field) == value for field, value in PRESETS[name].items())
+    find_loss(config.algo.loss)
+    find_advantage(config.algo.advantage)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +71,12 @@ def test_defaults_are_resolved():
         ({"steps": True}, ["steps=true"]),
         ({"full": {"lr": float("inf")}}, ["full.lr=inf"]),
         ({"learner": {"adam_betas": [5, 5]}}, ["learner.adam_betas"]),
-        ({"model": {"path": "m", "dtype": "bfloat16"}, "learner": {"zero_stage": 1}}, ["model.dtype", "zero_stage=1"]),
+        ({"learner": {"offload": "all"}}, ["learner.offload=all", "learner.zero_stage=2"]),
+        ({"algorithm": "gspoo"}, ["algorithm='gspoo'", "gspo"]),
+        ({"algo": {"loss": 3}}, ["algo.loss=3"]),
+        ({"algo": {"mismatch": "mask", "old_logprobs": "rollout"}}, ["algo.mismatch=mask", "algo.old_logprobs"]),
+        ({"algo": {"mismatch_min": 3.0}}, ["algo.mismatch_min=3.0", "algo.mismatch_max"]),
+        ({"algo": {"dual_clip": 1.1}}, ["algo.dual_clip=1.1", "algo.clip_high"]),
         ({"batch": {"num_generations": 1}}, ["batch.num_generations=1", "greater than or equal to 2"]),
     ],
 )

@@ -9,13 +9,14 @@ from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state,
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
 from hybrid_rl.evaluate import evaluate
-from hybrid_rl.learner.assemble import NO_UPDATE, assemble, lr_scale, mini_batches, reward_metrics
+from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches, reward_metrics
+from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.report import RunScreen, draw_curve, draw_plan
-from hybrid_rl.rollout import sampling_from
 from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
 from trainers.ranking import make_plan
 from trainers.setup import Task, Workplace, check_task, open_workplace
+from trainers.step import SkipGuard, sample
 
 
 def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
@@ -81,35 +82,32 @@ def _loop(
     """Train from the step after `done` to the last. Returns the last evaluation."""
     pool, learner, rewards = workplace.pool, workplace.learner, workplace.rewards
     prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
-    sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature)
+    guard = SkipGuard(run, config.learner.max_skipped_updates)
     last_eval, restarts = done.last_eval, 0
     for step in range(done.step + 1, config.steps + 1):
         clock = StepClock()
-        scale = lr_scale(step, config.steps, config.learner)
+        scale = lr_scales(step, config)
 
-        batch = prompts.take(config.batch.prompts)
-        with clock.time("generate"):
-            groups = pool.generate(batch, sampling)
-        with clock.time("reward"):
-            scored = rewards.score(batch, groups)
-        data = assemble(scored.groups)
+        rollouts = sample(config, workplace, prompts, clock)
+        data = assemble(rollouts.groups, config, rollouts.divergences)
+        batch = mini_batches(data.sequences, config, scale)
         stats = NO_UPDATE
-        if data.sequences:
-            stats = learner.train(
-                workplace.cluster.share(mini_batches(data.sequences, config.batch.mini_batches, scale))
-            )
+        if batch.mini_batches:
+            stats = learner.train(workplace.cluster.share(batch))
+            guard.see(step, batch, stats.metrics)
         clock.add(stats.seconds)
         with clock.time("sync"):
             update, verified = workplace.sync(step)
 
-        row = {"step": step, **reward_metrics(scored.groups, data), **stats.metrics}
-        row |= {"lr/full": config.full.lr * scale, "lr/lora": config.lora_lr * scale}
+        row = {"step": step, **reward_metrics(rollouts.groups, data), **stats.metrics}
+        row |= {"lr/full": config.full.lr * scale["full"], "lr/lora": config.lora_lr * scale["lora"]}
         row |= {"sync/bytes": len(update.tensors), "sync/full_model_bytes": task.model_bytes}
         row |= {"sync/verified_engines": verified, "sync/version": update.version}
-        row |= {f"faults/reward_{kind}": count for kind, count in scored.faults.items()}
+        row |= {f"faults/reward_{kind}": count for kind, count in rollouts.faults.items()}
+        row["reward/resampled_groups"] = rollouts.resampled
         row |= {"faults/engine_restarts": pool.restarts - restarts}
         restarts = pool.restarts
-        run.write_rollouts(step, scored.groups, data.advantages)
+        run.write_rollouts(step, rollouts.groups, data.advantages)
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             with clock.time("eval"):
                 last_eval = evaluate(pool, rewards, task.eval, config)

@@ -108,9 +108,11 @@ def _rollouts(
     sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature, seed=seed)
     groups = workplace.rewards.score(prompts, workplace.pool.generate(prompts, sampling)).groups
     halves = [[g for g in groups if int(g.prompt.id.rpartition("/")[2]) % 2 == half] for half in range(2)]
-    batches = [[assemble(half[part::parts]) for half in halves] for part in range(parts)]
+    # What teaches nothing must not count in calibration means.
+    dropping = config.model_copy(update={"algo": config.algo.model_copy(update={"zero_variance": "drop"})})
+    batches = [[assemble(half[part::parts], dropping) for half in halves] for part in range(parts)]
     dropped = sum(half.zero_variance_groups for batch in batches for half in batch)
-    return [[half.sequences for half in batch] for batch in batches], dropped
+    return [[[s for s in half.sequences if s.completion_ids] for half in batch] for batch in batches], dropped
 
 
 def _warn_if_nothing(sequences: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hybrid_rl.algorithms import find_advantage, find_loss
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
@@ -70,6 +71,8 @@ def check_task(config: Config) -> Task:
         raise ConfigError(
             f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
         )
+    find_loss(config.algo.loss)
+    find_advantage(config.algo.advantage)
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
     _check_weights(config)

@@ -1,26 +1,45 @@
-"""Advantages from rewards: pure functions on tensors."""
+"""Rewards to advantages, and how much each token counts: P prompts, G completions of each, N sequences.
+
+`valid_P_G` marks the completions that have a reward; the others get advantage 0 and enter no statistic. So does a group
+without signal, except that `batch_normalised` and `reinforce_pp_baseline` count its rewards in the batch's deviation.
+Standard deviations are the sample ones (divisor n - 1), as in TRL.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
 
+from hybrid_rl.algorithms.registry import Registry
+from hybrid_rl.settings import ConfigError
+
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does."""
 
+Advantage = Callable[[Tensor, Tensor], Tensor]
+"""(rewards_P_G, valid_P_G) -> advantages_P_G."""
+_ADVANTAGES: Registry[Advantage] = Registry("algo.advantage", "hybrid_rl.advantages", ("rewards_P_G", "valid_P_G"))
+register_advantage = _ADVANTAGES.register
 
-def group_normalised(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
-    """GRPO: `(R - mean) / (std + 1e-4)` within each prompt's group (arXiv 2402.03300, eq. 3).
 
-    `valid_P_G` marks the completions that have a reward; the others get advantage 0 and do not enter the statistics.
-    The standard deviation is the sample one (divisor n - 1), as in TRL. Returns a tensor of the rewards' shape.
-    """
-    valid = valid_P_G.to(rewards_P_G.dtype)
-    count_P_1 = valid.sum(dim=1, keepdim=True)
-    mean_P_1 = (rewards_P_G * valid).sum(dim=1, keepdim=True) / count_P_1.clamp(min=1)
-    centred_P_G = (rewards_P_G - mean_P_1) * valid
-    variance_P_1 = centred_P_G.square().sum(dim=1, keepdim=True) / (count_P_1 - 1).clamp(min=1)
-    return centred_P_G / (variance_P_1.sqrt() + EPSILON)
+def find_advantage(name: str) -> Advantage:
+    """The function that `algo.advantage` names. It raises `ConfigError` unless it returns finite numbers in the
+    rewards' shape, and gives completions without a reward 0."""
+    function = _ADVANTAGES.find(name)
+
+    @wraps(function)
+    def checked(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+        found = function(rewards_P_G, valid_P_G)
+        if getattr(found, "shape", None) != rewards_P_G.shape or not found[valid_P_G].isfinite().all():
+            raise ConfigError(
+                f"algo.advantage={name} must return finite numbers of shape {list(rewards_P_G.shape)}, not {found}"
+            )
+        return found.to(rewards_P_G.dtype).masked_fill(~valid_P_G, 0)
+
+    return checked
 
 
 def has_signal(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
@@ -28,3 +47,81 @@ def has_signal(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
     low_P = rewards_P_G.masked_fill(~valid_P_G, torch.inf).amin(dim=1)
     high_P = rewards_P_G.masked_fill(~valid_P_G, -torch.inf).amax(dim=1)
     return high_P > low_P
+
+
+@register_advantage("group_normalised")
+def group_normalised(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """GRPO: `(R - mean) / (std + 1e-4)` within each group (arXiv 2402.03300, section 4.1.2)."""
+    centred_P_G = group_centred(rewards_P_G, valid_P_G)
+    others_P_1 = (valid_P_G.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    std_P_1 = (centred_P_G.square().sum(dim=1, keepdim=True) / others_P_1).sqrt()
+    return centred_P_G / (std_P_1 + EPSILON)
+
+
+@register_advantage("group_centred")
+def group_centred(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """Dr. GRPO: `R - mean` within each group (arXiv 2503.20783, section 3.2)."""
+    present_P_G = rewards_P_G.masked_fill(~valid_P_G, 0)
+    mean_P_1 = present_P_G.sum(dim=1, keepdim=True) / valid_P_G.sum(dim=1, keepdim=True).clamp(min=1)
+    # Rounding must not give a group of equal rewards an advantage, which a division by its deviation would blow up.
+    taught_P_G = valid_P_G & has_signal(rewards_P_G, valid_P_G)[:, None]
+    return (present_P_G - mean_P_1).masked_fill(~taught_P_G, 0)
+
+
+@register_advantage("batch_normalised")
+def batch_normalised(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """`R - mean` of the group, over the standard deviation of all rewards of the batch (+ 1e-4) (arXiv 2508.08221;
+    TRL's `scale_rewards="batch"`)."""
+    return group_centred(rewards_P_G, valid_P_G) / (_std(rewards_P_G[valid_P_G]) + EPSILON)
+
+
+@register_advantage("rloo")
+def rloo(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """RLOO: the reward less the mean of the group's others (arXiv 2402.14740), which is `n / (n - 1) (R - mean)`."""
+    count_P_1 = valid_P_G.sum(dim=1, keepdim=True)
+    return group_centred(rewards_P_G, valid_P_G) * count_P_1 / (count_P_1 - 1).clamp(min=1)
+
+
+@register_advantage("reinforce_pp_baseline")
+def reinforce_pp_baseline(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """REINFORCE++-baseline: `R - mean` of the group, then normalised over the batch (arXiv 2501.03262).
+
+    Over completions, not tokens. The batch's mean need not be taken off: every group's is 0 already.
+    """
+    centred_P_G = group_centred(rewards_P_G, valid_P_G)
+    return centred_P_G / (_std(centred_P_G[valid_P_G]) + EPSILON)
+
+
+@register_advantage("raw")
+def raw(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
+    """The rewards themselves."""
+    return rewards_P_G.masked_fill(~valid_P_G, 0)
+
+
+def _std(x: Tensor) -> Tensor:
+    return x.std() if len(x) > 1 else x.new_zeros(())
+
+
+def overlong_penalty(lengths: Tensor, limit: int, buffer: int, penalty: float) -> Tensor:
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), to be added to the reward: 0 up to `limit - buffer`
+    tokens, then linear to `-penalty` at `limit`, and that beyond. A buffer of 0 is no penalty at all."""
+    if buffer == 0:
+        return lengths * 0.0
+    return -penalty * ((lengths - (limit - buffer)) / buffer).clamp(0, 1)
+
+
+def token_weights(lengths_N: Tensor, aggregation: str, max_length: int) -> Tensor:
+    """Factors of the token losses of each sequence of a mini-batch with which their sum over all tokens is the
+    `aggregation`, however it is split into micro-batches and ranks. Sequences without tokens have weight 0 and count in
+    means over sequences.
+
+    TRL takes the means of `grpo` and `bnpo` over each micro-batch, so that its gradient depends on the split.
+    """
+    sequences = len(lengths_N)
+    divisors_N = {
+        "sequence_mean_token_mean": lengths_N.clamp(min=1) * sequences,
+        "token_mean": lengths_N.sum().clamp(min=1).expand_as(lengths_N),  # DAPO, arXiv 2503.14476, eq. 8
+        "sequence_mean_token_sum": torch.full_like(lengths_N, sequences),
+        "constant_length": torch.full_like(lengths_N, sequences * max_length),  # Dr. GRPO, arXiv 2503.20783
+    }[aggregation]
+    return (1 / divisors_N).masked_fill(lengths_N == 0, 0)

@@ -1,52 +1,101 @@
-"""Policy losses: pure functions on tensors, one per algorithm."""
+"""Losses of single tokens, one function an algorithm, and the estimators of the KL divergence.
+
+r is the importance ratio (probability in training over old one), A the advantage. `policy_objective` adds the rest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hybrid_rl.algo import AlgoConfig
+from hybrid_rl.algorithms.registry import Registry
+from hybrid_rl.algorithms.tokens import Tokens
+
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """A loss and what it saw."""
+class TokenLoss:
+    """Each token's loss, and where the clip acted."""
 
-    loss: Tensor
-    """Scalar to differentiate."""
-    clipped_tokens: Tensor
-    """Tokens whose gradient the clip removed (no gradient)."""
+    loss_T: Tensor
+    low_T: Tensor | None = None
+    """Tokens whose gradient the clip removed at its lower side; None: it has none."""
+    high_T: Tensor | None = None
+    """The same at its upper side; of `cispo`, whose weight it capped."""
 
 
-def clipped_policy_loss(
-    logprobs_N_T: Tensor,
-    old_logprobs_N_T: Tensor,
-    advantages_N: Tensor,
-    mask_N_T: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    weights_N: Tensor,
-) -> PolicyLoss:
-    """GRPO's clipped surrogate without KL (arXiv 2402.03300, eq. 3): mean over each completion's tokens, then a
-    weighted sum over completions.
+Loss = Callable[[Tokens, AlgoConfig], TokenLoss | Tensor]
+_LOSSES: Registry[Loss] = Registry("algo.loss", "hybrid_rl.losses", ("tokens", "algo"))
+register_loss = _LOSSES.register
+find_loss = _LOSSES.find
 
-    With `weights_N = 1/N` over the whole mini-batch, summing this loss over any split of the batch into micro-batches
-    and ranks gives the same value and gradient as the batch at once. A completion without tokens contributes 0.
+
+@register_loss("clip")
+def clip(tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    """GRPO and PPO: `-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)` (arXiv 2402.03300, eq. 3)."""
+    return _clipped(torch.exp(_log_ratio_T(tokens)), tokens.advantages_T, algo)
+
+
+@register_loss("gspo")
+def gspo(tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    """GSPO: as `clip`, with the geometric mean of a sequence's ratios on each of its tokens (arXiv 2507.18071, eq. 5
+    and 7). Its mean over the tokens is the paper's loss of the sequence."""
+    ratio_N = torch.exp(tokens.mean_N(_log_ratio_T(tokens)))
+    return _clipped(tokens.spread_T(ratio_N), tokens.advantages_T, algo)
+
+
+@register_loss("gspo_token")
+def gspo_token(tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    """GSPO-token: the value of `gspo`, but each token's gradient is its own (arXiv 2507.18071, eq. 13 and 14)."""
+    log_ratio_N = tokens.mean_N(_log_ratio_T(tokens)).detach()
+    own_T = tokens.logprobs_T - tokens.logprobs_T.detach()
+    return _clipped(torch.exp(tokens.spread_T(log_ratio_N) + own_T), tokens.advantages_T, algo)
+
+
+@register_loss("cispo")
+def cispo(tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    """CISPO: `-sg[min(r, 1 + clip_high)] A log p` (arXiv 2506.13585, eq. 4 and 5, without its lower bound, as there).
+    TRL's `epsilon_high` is the cap itself, here `1 + clip_high`."""
+    ratio_T = torch.exp(_log_ratio_T(tokens)).detach()
+    cap = 1 + algo.clip_high
+    return TokenLoss(-ratio_T.clamp(max=cap) * tokens.advantages_T * tokens.logprobs_T, high_T=ratio_T > cap)
+
+
+@register_loss("sapo")
+def sapo(tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    """SAPO: `-4 / t sigmoid(t (r - 1)) A`, a soft gate whose sharpness t depends on A's sign (arXiv 2511.20347)."""
+    positive, negative = algo.sapo_temperature_positive, algo.sapo_temperature_negative
+    sharpness_T = torch.full_like(tokens.advantages_T, negative).masked_fill(tokens.advantages_T > 0, positive)
+    gate_T = torch.sigmoid(sharpness_T * (torch.exp(_log_ratio_T(tokens)) - 1)) * 4 / sharpness_T
+    return TokenLoss(-gate_T * tokens.advantages_T)
+
+
+def _log_ratio_T(tokens: Tokens) -> Tensor:
+    return tokens.logprobs_T - tokens.old_logprobs_T
+
+
+def _clipped(ratio_T: Tensor, advantages_T: Tensor, algo: AlgoConfig) -> TokenLoss:
+    """The clipped surrogate (PPO, arXiv 1707.06347, eq. 7); with `dual_clip`, the ratio is also capped where A < 0
+    (arXiv 1912.09729; TRL's `delta`)."""
+    low, high = 1 - algo.clip_low, 1 + algo.clip_high
+    # The cap is above `high`, so that it binds only where A < 0.
+    free_T = ratio_T if algo.dual_clip is None else ratio_T.clamp(max=algo.dual_clip)
+    loss_T = -torch.minimum(free_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
+    high_T = (ratio_T > high) & (advantages_T > 0)
+    if algo.dual_clip is not None:
+        high_T |= (ratio_T > algo.dual_clip) & (advantages_T < 0)
+    return TokenLoss(loss_T, (ratio_T < low) & (advantages_T < 0), high_T)
+
+
+def kl_T(estimator: str, logprobs_T: Tensor, reference_T: Tensor) -> Tensor:
+    """Estimates of KL(policy || reference) on tokens sampled from the policy: k1 `log(p / p_ref)`, k2 half its square,
+    k3 `p_ref / p - log(p_ref / p) - 1` (Schulman, "Approximating KL divergence"; arXiv 2402.03300, eq. 4).
+
+    In the loss, only the gradient of k2 is that of the divergence on average; k1's is 0. TRL also multiplies k3 by the
+    importance ratio (arXiv 2512.02556) unless `use_bias_correction_kl` is off.
     """
-    ratio_N_T = torch.exp(logprobs_N_T - old_logprobs_N_T)
-    advantages_N_1 = advantages_N[:, None]
-    free_N_T = ratio_N_T * advantages_N_1
-    bounded_N_T = ratio_N_T.clamp(1 - clip_low, 1 + clip_high) * advantages_N_1
-    mask = mask_N_T.to(logprobs_N_T.dtype)
-    token_loss_N_T = -torch.minimum(free_N_T, bounded_N_T) * mask
-    loss_N = token_loss_N_T.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    clipped = ((bounded_N_T < free_N_T) & (mask_N_T > 0)).sum()
-    return PolicyLoss(loss=(loss_N * weights_N).sum(), clipped_tokens=clipped.detach())
-
-
-def k3_divergence(logprobs_N_T: Tensor, other_logprobs_N_T: Tensor, mask_N_T: Tensor) -> Tensor:
-    """Sum over unmasked tokens of the estimator `r - ln r - 1`, `r = p_other / p` (k3 in Schulman's "Approximating KL
-    divergence"), of KL(p || other) when the tokens were sampled from p. Non-negative; divide by the token count."""
-    log_ratio_N_T = other_logprobs_N_T - logprobs_N_T
-    return ((torch.expm1(log_ratio_N_T) - log_ratio_N_T) * mask_N_T.to(log_ratio_N_T.dtype)).sum()
+    log_ratio_T = reference_T - logprobs_T
+    return {"k1": -log_ratio_T, "k2": log_ratio_T.square() / 2, "k3": torch.expm1(log_ratio_T) - log_ratio_T}[estimator]

@@ -3,89 +3,119 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from hybrid_rl.algorithms import group_normalised, has_signal
-from hybrid_rl.config import LearnerConfig
-from hybrid_rl.types import ScoredGroup, StepStats, TrainBatch, TrainSequence
-
-NO_UPDATE = StepStats(
-    dict.fromkeys(
-        (
-            *("policy/loss", "policy/clip_fraction", "policy/rollout_kl", "tokens/trained"),
-            *("policy/rollout_logprob_diff", "policy/rollout_logprob_diff_max", "grad_norm/full", "grad_norm/lora"),
-        ),
-        0.0,
-    ),
-    {},
-)
-"""Of a step on which no group had a signal, so that nothing was trained."""
+from hybrid_rl.algorithms import find_advantage, has_signal, overlong_penalty, token_weights
+from hybrid_rl.config import Config, FullConfig, LoraConfig
+from hybrid_rl.types import ScoredGroup, TrainBatch, TrainSequence
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """Sequences that teach something, and what was left out."""
+    """Sequences with their advantages, and what was left out."""
 
     sequences: list[TrainSequence]
+    """Those that count in the loss's means; what has no gradient among them is not computed."""
     advantages: list[list[float]]
     """Of every completion of every group; 0 where it is not trained on."""
     zero_variance_groups: int
-    """Groups dropped because all their rewards are equal, or fewer than two have one."""
-    unscored: int
-    """Completions of the kept groups dropped because they have no reward."""
+    """Groups that teach nothing: all rewards are equal, or fewer than two have one."""
+    penalties: Mapping[str, float]
+    """Mean taken from the rewards, by cause."""
+    dropped_tokens: Mapping[str, int]
+    """Completion tokens that are not trained on, by cause."""
 
 
-def assemble(groups: Sequence[ScoredGroup]) -> Assembled:
-    """Advantages within each group; groups without signal and completions without a reward or tokens are dropped.
+def assemble(
+    groups: Sequence[ScoredGroup], config: Config, divergences: Sequence[Sequence[float]] | None = None
+) -> Assembled:
+    """Shape the rewards, compute the advantages, and leave out what `algo` says.
 
-    The loss is a mean over what is kept, so a step with few informative groups moves the policy as far as one with
-    many; TRL counts the others as zeros.
+    `divergences` are each completion's from the base policy, where `algo.kl_in=reward`.
     """
+    algo, limit = config.algo, config.sampling.max_completion_length
     if not groups:
-        return Assembled([], [], 0, 0)
+        return Assembled([], [], 0, {}, {})
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
     valid_P_G = ~rewards_P_G.isnan()
+    signal_P = has_signal(rewards_P_G.nan_to_num(0.0), valid_P_G).tolist()
+    penalties: dict[str, torch.Tensor] = {}
+    if algo.overlong_buffer:
+        lengths_P_G = torch.tensor([[len(c.token_ids) for c in g.completions] for g in groups])
+        buffer = round(algo.overlong_buffer * limit)
+        penalties["overlong"] = -overlong_penalty(lengths_P_G, limit, buffer, algo.overlong_penalty)
+    if divergences is not None:
+        penalties["kl"] = algo.kl_coef * torch.tensor(divergences)
+    for penalty_P_G in penalties.values():
+        rewards_P_G = rewards_P_G - penalty_P_G
     rewards_P_G = rewards_P_G.nan_to_num(0.0)
-    kept_P = has_signal(rewards_P_G, valid_P_G).tolist()
-    advantages_P_G = group_normalised(rewards_P_G, valid_P_G).tolist()
-    sequences, unscored = [], 0
+    advantages_P_G = find_advantage(algo.advantage)(rewards_P_G, valid_P_G).tolist()
+
+    sequences: list[TrainSequence] = []
+    dropped: Counter[str] = Counter()
     for p, group in enumerate(groups):
-        if not kept_P[p]:
-            advantages_P_G[p] = [0.0] * len(group.completions)
-            continue
         for g, completion in enumerate(group.completions):
+            teaches = TrainSequence(
+                group.prompt.token_ids, completion.token_ids, completion.logprobs, advantages_P_G[p][g]
+            )
+            why = None
             if group.rewards_G[g] is None:
-                unscored += 1
-            elif completion.token_ids:
-                sequences.append(
-                    TrainSequence(
-                        group.prompt.token_ids, completion.token_ids, completion.logprobs, advantages_P_G[p][g]
-                    )
-                )
-    return Assembled(sequences, advantages_P_G, len(kept_P) - sum(kept_P), unscored)
+                why = "unscored"
+            elif not signal_P[p] and algo.zero_variance != "count":
+                why = "zero_variance"
+            elif algo.overlong_filter and completion.finish_reason == "length":
+                why = "overlong"
+                # Counts as a completion without tokens.
+                sequences.append(replace(teaches, completion_ids=(), rollout_logprobs=(), advantage=0.0))
+            else:
+                sequences.append(teaches)
+                if teaches.advantage == 0 and not algo.trains_without_advantage:
+                    why = "zero_variance" if not signal_P[p] else "zero_advantage"
+            if why is not None:
+                dropped[why] += len(completion.token_ids)
+                advantages_P_G[p][g] = 0.0
+    means = {name: float(p[valid_P_G].mean()) if valid_P_G.any() else 0.0 for name, p in penalties.items()}
+    return Assembled(sequences, advantages_P_G, signal_P.count(False), means, dropped)
 
 
-def mini_batches(sequences: Sequence[TrainSequence], count: int, lr_scale: float) -> TrainBatch:
-    """Deal sequences to `count` mini-batches of near-equal size; ones that stay empty are left out."""
-    dealt = [tuple(sequences[i::count]) for i in range(count)]
-    return TrainBatch(tuple(m for m in dealt if m), lr_scale)
+def mini_batches(sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float]) -> TrainBatch:
+    """Deal sequences to mini-batches of near-equal size, and weigh their tokens; ones without a gradient are left out,
+    and mini-batches that stay empty."""
+    count, algo = config.batch.mini_batches, config.algo
+    dealt = [weigh(sequences[i::count], algo.aggregation, config.sampling.max_completion_length) for i in range(count)]
+    kept = [tuple(s for s in m if s.completion_ids and (s.advantage or algo.trains_without_advantage)) for m in dealt]
+    return TrainBatch(tuple(m for m in kept if m), lr_scale)
 
 
-def lr_scale(step: int, steps: int, settings: LearnerConfig) -> float:
-    """Factor of both learning rates at step `step` of `steps`, counted from 1: linear warm-up, then the schedule."""
-    if step <= settings.warmup_steps:
-        return step / settings.warmup_steps
-    if settings.schedule == "constant":
+def weigh(sequences: Sequence[TrainSequence], aggregation: str, max_length: int = 1) -> list[TrainSequence]:
+    """The sequences of one mini-batch, each with the weight of its tokens."""
+    lengths_N = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.float64)
+    weights = token_weights(lengths_N, aggregation, max_length).tolist()
+    return [replace(s, weight=w) for s, w in zip(sequences, weights, strict=True)]
+
+
+def lr_scales(step: int, config: Config) -> dict[str, float]:
+    """Factor of each part's learning rate at `step`, counted from 1: linear warm-up, then the schedule."""
+    return {"full": _lr_scale(step, config, config.full), "lora": _lr_scale(step, config, config.lora)}
+
+
+def _lr_scale(step: int, config: Config, part: FullConfig | LoraConfig) -> float:
+    warmup = config.learner.warmup_steps if part.warmup_steps is None else part.warmup_steps
+    schedule = part.schedule or config.learner.schedule
+    if step <= warmup:
+        return step / warmup
+    if schedule == "constant":
         return 1.0
-    done = (step - settings.warmup_steps - 1) / max(1, steps - settings.warmup_steps)
-    return 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    done = (step - warmup - 1) / max(1, config.steps - warmup)
+    return 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
 
 
 def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, float]:
-    """What a step's rollouts earned, and how long they were."""
+    """What a step's rollouts earned, how long they were, and what of them is not trained on."""
     completions = [c for group in groups for c in group.completions]
     metrics = {
         "reward/mean": _mean([r for g in groups for r in g.rewards_G]),
@@ -97,6 +127,12 @@ def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, 
     }
     for plugin in groups[0].parts:
         metrics[f"reward/{plugin}/mean"] = _mean([r for g in groups for r in g.parts[plugin]])
+    for name in ("unscored", "zero_variance", "zero_advantage", "overlong"):
+        metrics[f"tokens/dropped_{name}"] = data.dropped_tokens.get(name, 0)
+    metrics |= {f"reward/{name}_penalty": value for name, value in data.penalties.items()}
+    advantages = torch.tensor([a for row in data.advantages for a in row])
+    for percent in (5, 25, 50, 75, 95):
+        metrics[f"policy/advantage_p{percent:02d}"] = float(advantages.quantile(percent / 100))
     return metrics
 
 

@@ -1,78 +1,99 @@
-"""Sequences -> ranks -> micro-batches -> padded tensors.
+"""Sequences -> ranks -> micro-batches -> tensors.
 
-The split changes speed and memory only: the loss is a weighted sum over sequences, so its gradient is the same for any
-number of ranks, any token budget and any order.
+The split changes speed and memory only: the loss is a sum over tokens with weights that are known beforehand, so its
+gradient is the same for any number of ranks, any token budget, any layout and any order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hybrid_rl.learner.layout import Layout, ModelInput, arrange
 from hybrid_rl.types import TrainSequence
 
 
-def micro_batches(lengths: Sequence[int], ranks: int, tokens: int) -> list[list[list[int]]]:
+def micro_batches(lengths: Sequence[int], ranks: int, tokens: int, layout: Layout) -> list[list[list[int]]]:
     """Share out sequences of `lengths` tokens: `result[rank][i]` holds the indices of rank's i-th micro-batch.
 
-    Sequences are dealt longest first, so ranks get equal counts (to within one) and like lengths; a micro-batch is as
-    many neighbours in length as fit `tokens`, padding included. Every rank gets the same number of micro-batches,
-    because each is a collective operation; a rank that has fewer is given empty ones.
+    A micro-batch takes at most `tokens`, padding included. Every rank gets the same number of micro-batches, because
+    each is a collective operation; a rank that has fewer is given empty ones.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares = []
-    for rank in range(ranks):
-        batches: list[list[int]] = []
-        for i in order[rank::ranks]:
-            # The first sequence of a micro-batch is its longest.
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        shares.append(batches)
+    if layout in ("segments", "positions"):
+        return _packed(order, lengths, ranks, tokens)
+    shares = [_padded(order[rank::ranks], lengths, tokens if layout == "padded" else 0) for rank in range(ranks)]
     most = max(len(batches) for batches in shares)
     return [batches + [[] for _ in range(most - len(batches))] for batches in shares]
 
 
+def _padded(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Neighbours in length, longest first, as many as fit."""
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _packed(order: Sequence[int], lengths: Sequence[int], ranks: int, tokens: int) -> list[list[list[int]]]:
+    """As few micro-batches a rank as do, of near-equal tokens: the longest sequence left goes to the emptiest."""
+    each = max(1, math.ceil(sum(lengths) / (ranks * tokens)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(each * ranks)]
+        filled = [0] * len(bins)
+        for i in order:
+            emptiest = min(range(len(bins)), key=filled.__getitem__)
+            bins[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        if max(filled) <= tokens or each >= len(lengths):
+            return [bins[rank::ranks] for rank in range(ranks)]
+        each += 1
+
+
 @dataclass(frozen=True)
-class PaddedBatch:
-    """Right-padded sequences. Causal models need no attention mask for padding on the right: tokens never see it."""
+class MicroBatch:
+    """Sequences in a layout, and their T completion tokens one after another."""
 
-    input_ids_N_L: Tensor
-    """Prompts and completions, all but the last token."""
-    columns_T: Tensor
-    """The positions whose next-token distribution is needed: from the first that predicts a completion token on."""
-    targets_N_T: Tensor
-    """Token that each kept position predicts."""
-    mask_N_T: Tensor
-    """1 where the target is a completion token."""
-    rollout_logprobs_N_T: Tensor
-    advantages_N: Tensor
+    inputs: ModelInput
+    at_T: Tensor
+    """Flat position in the input whose next token is the completion token."""
+    targets_T: Tensor
+    sequence_T: Tensor
+    """Which sequence the token belongs to, from 0."""
+    sequences: int
+    rollout_logprobs_T: Tensor
+    advantages_T: Tensor
+    weights_T: Tensor
 
 
-def pad(sequences: Sequence[TrainSequence], device: torch.device | str = "cpu") -> PaddedBatch:
-    """Tensors of one micro-batch. An empty one becomes a masked token, so that collectives still happen."""
-    if not sequences:
-        sequences = [TrainSequence((0,), (0,), (0.0,), 0.0)]
-        return replace(pad(sequences, device), mask_N_T=torch.zeros(1, 1, device=device))
-    rows = [(*s.prompt_ids, *s.completion_ids) for s in sequences]
-    length = max(len(row) for row in rows)
-    first = min(len(s.prompt_ids) for s in sequences) - 1
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros(len(rows), length)
-    rollout = torch.zeros(len(rows), length)
-    for i, (s, row) in enumerate(zip(sequences, rows, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, len(s.prompt_ids) : len(row)] = 1.0
-        rollout[i, len(s.prompt_ids) : len(row)] = torch.tensor(s.rollout_logprobs)
-    return PaddedBatch(
-        input_ids_N_L=ids[:, :-1].to(device),  # nothing is predicted from the last token
-        columns_T=torch.arange(first, length - 1, device=device),
-        targets_N_T=ids[:, first + 1 :].to(device),
-        mask_N_T=mask[:, first + 1 :].to(device),
-        rollout_logprobs_N_T=rollout[:, first + 1 :].to(device),
-        advantages_N=torch.tensor([s.advantage for s in sequences], device=device),
+def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.device | str = "cpu") -> MicroBatch:
+    """Tensors of one micro-batch. An empty one is a row without completion tokens, so that collectives still happen."""
+    rows = [(*s.prompt_ids, *s.completion_ids) for s in sequences] or [(0, 0)]
+    # Nothing is predicted from the last token.
+    inputs = arrange([row[:-1] for row in rows], layout, device)
+    at: list[int] = []
+    for start, s in zip(inputs.starts, sequences, strict=False):
+        first = start + len(s.prompt_ids) - 1
+        at += range(first, first + len(s.completion_ids))
+    counts = [len(s.completion_ids) for s in sequences]
+
+    def each_token(values: Sequence[float]) -> Tensor:
+        return torch.tensor([v for v, n in zip(values, counts, strict=True) for _ in range(n)], device=device)
+
+    return MicroBatch(
+        inputs=inputs,
+        at_T=torch.tensor(at, dtype=torch.long, device=device),
+        targets_T=torch.tensor([t for s in sequences for t in s.completion_ids], dtype=torch.long, device=device),
+        sequence_T=each_token(range(len(sequences))).long(),
+        sequences=len(sequences),
+        rollout_logprobs_T=torch.tensor([p for s in sequences for p in s.rollout_logprobs], device=device),
+        advantages_T=each_token([s.advantage for s in sequences]),
+        weights_T=each_token([s.weight for s in sequences]),
     )

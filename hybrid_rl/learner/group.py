@@ -35,6 +35,10 @@ class LearnerGroup:
         """Train on a `TrainBatch`, or on a reference to one. Ranks work in step; seconds are rank 0's."""
         return call_all(self._workers, "train", batch)[0]
 
+    def divergences(self, sequences: Any) -> list[float]:
+        """Each completion's divergence from the base policy, summed over its tokens."""
+        return call_all(self._workers, "divergences", sequences)[0]
+
     def export(self, version: int) -> WeightUpdate:
         return call_all(self._workers, "export", version)[0]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hybrid_rl.adaptation import AdaptedModel, apply_plan, remove_adapters
 from hybrid_rl.components import Weight
 from hybrid_rl.learner.batching import micro_batches
+from hybrid_rl.learner.layout import Layout
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import Collector, Evidence, Score, ScoreContext
 from hybrid_rl.types import TrainSequence
@@ -51,6 +52,7 @@ class Scorer:
         *,
         loss: Loss,
         tokens_per_micro_batch: int,
+        layout: Layout,
         rank: int = 0,
         world_size: int = 1,
         all_reduce: Callable[[Tensor], object] = lambda tensor: None,
@@ -58,6 +60,7 @@ class Scorer:
         self._model, self._candidates = model, list(candidates)
         self._score, self._context = score, context
         self._loss, self._tokens = loss, tokens_per_micro_batch
+        self._layout: Layout = layout
         self._rank, self._world_size, self._all_reduce = rank, world_size, all_reduce
         self._required = {name for name, p in model.named_parameters() if p.requires_grad}
         model.requires_grad_(False)
@@ -127,11 +130,11 @@ class Scorer:
         total = sum(len(half) for half in halves)
         dealt: list[list[_MicroBatch]] = []
         for half, sequences in enumerate(halves):
-            lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
+            lengths = [s.length for s in sequences]
             tokens = self._tokens
             if self.adapted is None and lengths:
                 tokens = min(tokens, max(max(lengths), sum(lengths) // LEAST_MICRO_BATCHES))
-            batches = micro_batches(lengths, 1, tokens)[0] if lengths else []
+            batches = micro_batches(lengths, 1, tokens, self._layout)[0] if lengths else []
             dealt.append(
                 [_MicroBatch(half, [sequences[i] for i in b], len(b) / len(sequences), len(b) / total) for b in batches]
             )

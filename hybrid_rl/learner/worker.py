@@ -7,12 +7,11 @@ Every rank gets the same calls in the same order.
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -23,12 +22,19 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import AutoModelForCausalLM
 
-from hybrid_rl.adaptation import apply_plan
-from hybrid_rl.algorithms import clipped_policy_loss, k3_divergence
+from hybrid_rl.adaptation import apply_plan, parameter_groups
+from hybrid_rl.algorithms import Tokens, find_loss, kl_T, policy_objective
 from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config
-from hybrid_rl.learner.batching import PaddedBatch, micro_batches, pad
+from hybrid_rl.flops import count_flops, peak_tflops
+from hybrid_rl.learner.assemble import weigh
+from hybrid_rl.learner.batching import MicroBatch, collate, micro_batches
+from hybrid_rl.learner.engine import TrainingEngine, Update, part_norms
+from hybrid_rl.learner.layout import Layout, choose_layout
+from hybrid_rl.learner.logprobs import PolicyModel
+from hybrid_rl.learner.measures import ALWAYS, Measures
 from hybrid_rl.learner.scorer import Scorer
+from hybrid_rl.learner.sequence_parallel import SequenceGroup
 from hybrid_rl.plan import AdaptationPlan, probe_plan, select_candidates
 from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
@@ -67,12 +73,25 @@ class LearnerWorker:
             attn_implementation=self._config.model.attention,
         )
         self._model = model.to(self._device)
+        _switch_off_dropout(self._model)
         self._anatomy = read_model(self._model, self._config.plan.components)
         if self._config.learner.gradient_checkpointing:  # acts in training mode only
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.enable_input_require_grads()
         with self._autocast():
             cross_check(self._model, self._anatomy, self._config.plan.components)
+        self._loss = find_loss(self._config.algo.loss)
+        report = choose_layout(self._model, packing=self._config.learner.packing)
+        self._layout: Layout = report.chosen
+        size = self._config.learner.sequence_parallel
+        self._together = SequenceGroup(self._rank, self._world_size, size) if size > 1 else None
+        self._speaks = self._together is None or self._together.rank == 0
+        """Whether what this rank sees is counted: ranks of a sequence group see the same."""
+        if self._together is not None:
+            self._together.check(self._model, self._layout)
+        self._policy = PolicyModel(
+            self._model, temperature=self._config.sampling.temperature, chunk_mib=self._config.learner.logits_mib
+        )
 
     def begin_ranking(self, score: Score) -> None:
         """Get ready to gather what `score` looks at. If that is a probe, the model carries its adapter from here on."""
@@ -86,6 +105,7 @@ class LearnerWorker:
             ScoreContext(config.plan, config.lora.rank, config.seed),
             loss=self._ranking_loss,
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+            layout=self._layout,
             rank=self._rank,
             world_size=self._world_size,
             all_reduce=deepspeed.comm.all_reduce,
@@ -115,72 +135,76 @@ class LearnerWorker:
         return result
 
     def _ranking_loss(self, model: nn.Module, sequences: Sequence[TrainSequence]) -> Tensor:
-        """The run's own loss, the policy that sampled being the old one: the engine's log-probabilities."""
-        padded = pad(sequences, self._device)
+        """Mean of the run's own loss over sequences, the policy that sampled being the old one: the engine's
+        log-probabilities."""
+        weighed = weigh(sequences, "sequence_mean_token_mean")
+        batch = collate(weighed, self._layout, self._device)
         with self._autocast():
-            logprobs = self._logprobs(model, padded)
-        return self._policy_loss(logprobs, padded.rollout_logprobs_N_T, padded, len(sequences)).loss
+            logprobs_T, _ = self._policy(batch.inputs.input_ids, batch.at_T, batch.targets_T, **batch.inputs.kwargs)
+        algo = self._config.algo.model_copy(update={"kl_coef": 0.0, "entropy_coef": 0.0, "mismatch": "none"})
+        tokens = self._tokens(batch, logprobs_T, old_T=batch.rollout_logprobs_T)
+        return policy_objective(tokens, algo, self._loss).loss
 
     def build(self, plan_json: str) -> dict[str, Any]:
-        """Apply the plan and start DeepSpeed. Returns each optimizer group's name, parameters and learning rate.
+        """Apply the plan and start DeepSpeed. Returns each optimizer group's parameters and learning rate.
 
         Raises `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the way.
         """
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
-        self._adapted = apply_plan(self._model, AdaptationPlan.from_json(plan_json))
-        config = self._config
-        settings = {"full": config.full, "lora": config.lora}
-        rates = {"full": config.full.lr, "lora": config.lora_lr}
-        parameters = {"full": list(self._adapted.full.values()), "lora": self._adapted.lora_parameters}
-        self._group_names = [name for name in ("full", "lora") if parameters[name]]
-        self._base_lr = [rates[name] for name in self._group_names]
-        self._max_norm = [settings[name].max_grad_norm for name in self._group_names]
-        groups = [
-            {"params": parameters[name], "lr": rates[name], "weight_decay": settings[name].weight_decay}
-            for name in self._group_names
-        ]
+        plan = AdaptationPlan.from_json(plan_json)
+        self._adapted = apply_plan(self._model, plan)
+        groups = parameter_groups(self._adapted, plan)
+        sizes = {g.name: sum(p.numel() for p in g.parameters) for g in groups}
+        rates = {"full": self._config.full.lr, "lora": self._config.lora_lr}
+        self._flops = count_flops(self._anatomy, plan, self._model.config)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        self._peak = self._config.learner.peak_tflops or peak_tflops(device, self._config.model.dtype)
         before = self._digests()
         self._model.train()
-        self._optimizer: Any
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self._adapted.model,
-            optimizer=torch.optim.AdamW(groups, betas=config.learner.adam_betas),
-            config=self._deepspeed_config(),
-        )
-        if len(self._optimizer.param_groups) != len(self._group_names):
-            raise RuntimeError(f"DeepSpeed kept {len(self._optimizer.param_groups)} of the groups {self._group_names}")
+        self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
         changed = [name for name, value in self._digests().items() if value != before[name]]
         if changed:
             raise RuntimeError(f"DeepSpeed changed {changed[0]} while it initialised")
-        sizes = {name: sum(math.prod(_shape(p)) for p in parameters[name]) for name in self._group_names}
-        return {name: {"params": sizes[name], "lr": rates[name]} for name in self._group_names}
+        return {g.name: {"params": sizes[g.name], "lr": rates[g.part]} for g in groups}
 
     def train(self, batch: TrainBatch) -> StepStats:
-        """One optimizer step a mini-batch. Returns metrics of the whole batch, equal on every rank."""
+        """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
         self._seconds = {"logprob": 0.0, "train": 0.0}
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self._device)
-        self._worst = torch.zeros(1, dtype=torch.float64, device=self._device)
-        norms: list[dict[str, float]] = []
-        # With one mini-batch the policy that trains is the one that sampled; its log-probabilities are the old ones.
-        shards = [list(self._padded(m, self._world_size, self._rank)) for m in batch.mini_batches]
-        olds = [self._old_logprobs(shard) if len(shards) > 1 else None for shard in shards]
-        for shard, old, sequences in zip(shards, olds, batch.mini_batches, strict=True):
-            norms.append(self._optimizer_step(shard, old, len(sequences), batch.lr_scale))
-        deepspeed.comm.all_reduce(self._sums)
-        deepspeed.comm.all_reduce(self._worst, op=deepspeed.comm.ReduceOp.MAX)
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
-        tokens = max(sums["tokens"], 1.0)
-        metrics = {
-            "policy/loss": sums["loss"] / len(shards),
-            "policy/clip_fraction": sums["clipped"] / tokens,
-            "policy/rollout_kl": sums["rollout_kl"] / tokens,
-            "policy/rollout_logprob_diff": sums["rollout_diff"] / tokens,
-            "policy/rollout_logprob_diff_max": float(self._worst),
-            "tokens/trained": sums["tokens"],
-        }
-        for name in ("full", "lora"):
-            metrics[f"grad_norm/{name}"] = sum(n.get(name, 0.0) for n in norms) / len(norms)
+        measures = Measures(self._device, counts=self._speaks)
+        shards = [self._shard(m) for m in batch.mini_batches]
+        with self._timed("logprob"):
+            references = self._reference_logprobs(shards)
+            # The first mini-batch trains on the weights that sampled, so its own first pass gives the old ones.
+            olds = [None, *([self._logprobs(b) for b in shard] for shard in shards[1:])]
+        updates: list[Update] = []
+        with self._timed("train"):
+            for epoch in range(self._config.batch.epochs):
+                for i, shard in enumerate(shards):
+                    first = epoch == i == 0
+                    old = self._update(shard, olds[i], references[i], batch.lr_scale, measures, updates, first=first)
+                    if epoch == 0:
+                        olds[i] = old
+        for shard, old in zip(shards, olds, strict=True):
+            for micro_batch, old_T in zip(shard, old, strict=True):  # type: ignore[arg-type]
+                measures.see_rollout(old_T, micro_batch)
+        metrics = dict.fromkeys(ALWAYS, 0.0) | measures.metrics(len(updates))
+        metrics |= _update_metrics(updates) | self._throughput(batch)
         return StepStats(metrics, self._seconds)
+
+    def divergences(self, sequences: Sequence[TrainSequence]) -> list[float]:
+        """Each completion's divergence from the base policy: the sum over its tokens of `algo.kl_estimator`."""
+        total_N = torch.zeros(len(sequences), dtype=torch.float64, device=self._device)
+        indices = self._indices(sequences)
+        shard = [collate([sequences[i] for i in some], self._layout, self._device) for some in indices]
+        current = [self._logprobs(b) for b in shard]
+        with self._engine.base_policy():
+            reference = [self._logprobs(b) for b in shard]
+        for some, b, now_T, then_T in zip(indices, shard, current, reference, strict=True):
+            where = torch.tensor(some, dtype=torch.long, device=self._device)[b.sequence_T]
+            if self._speaks:
+                total_N.index_add_(0, where, kl_T(self._config.algo.kl_estimator, now_T, then_T).double())
+        deepspeed.comm.all_reduce(total_N)
+        return total_N.tolist()
 
     def export(self, version: int) -> WeightUpdate | None:
         """The weight update of this version from rank 0, `None` from the others."""
@@ -193,109 +217,111 @@ class LearnerWorker:
 
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer and the trained weights under `directory`."""
-        self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
+        self._engine.save(directory)
 
     def load(self, directory: str) -> None:
         """Read back what `save` wrote, with the same number of ranks and ZeRO stage."""
-        path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
+        self._engine.load(directory)
 
-    def _optimizer_step(
-        self, shard: list[PaddedBatch], old: list[Tensor] | None, sequences: int, lr_scale: float
-    ) -> dict[str, float]:
-        started = time.perf_counter()
-        for i, padded in enumerate(shard):
-            self._engine.set_gradient_accumulation_boundary(i == len(shard) - 1)
-            logprobs = self._logprobs(self._engine, padded)
-            result = self._policy_loss(logprobs, logprobs.detach() if old is None else old[i], padded, sequences)
-            # DeepSpeed averages gradients over ranks; each rank's loss is already its share of the whole.
-            self._engine.backward(result.loss * self._world_size, scale_wrt_gas=False)
-            if old is None:
-                self._compare_with_rollout(logprobs.detach(), padded)
-            self._sums[_SUMS.index("loss")] += result.loss.detach()
-            self._sums[_SUMS.index("clipped")] += result.clipped_tokens
-        norms = self._clip_groups()
-        for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = base * lr_scale
-        self._engine.step()
-        self._seconds["train"] += time.perf_counter() - started
-        return norms
+    def _update(
+        self,
+        shard: Sequence[MicroBatch],
+        olds: Sequence[Tensor] | None,
+        references: Sequence[Tensor | None],
+        lr_scale: Mapping[str, float],
+        measures: Measures,
+        updates: list[Update],
+        *,
+        first: bool,
+    ) -> list[Tensor]:
+        """One optimizer step. Returns the old log-probabilities, which are this pass's own where none are given."""
+        algo = self._config.algo
+        result_olds = []
+        for i, batch in enumerate(shard):
+            logprobs_T, entropy_T = self._forward(batch, entropy="grad" if algo.entropy_coef else True)
+            learner_T = logprobs_T.detach() if olds is None else olds[i]
+            old_T = batch.rollout_logprobs_T if algo.old_logprobs == "rollout" else learner_T
+            tokens = self._tokens(
+                batch,
+                logprobs_T,
+                old_T=old_T,
+                entropy_T=entropy_T,
+                reference_logprobs_T=references[i],
+            )
+            result = policy_objective(tokens, algo, self._loss)
+            self._engine.backward(result.loss, last=i == len(shard) - 1)
+            measures.see_objective(result, logprobs_T, old_T, entropy_T, first)
+            result_olds.append(learner_T)
+        updates.append(self._engine.step(lr_scale))
+        return result_olds
 
-    def _old_logprobs(self, shard: list[PaddedBatch]) -> list[Tensor]:
-        started = time.perf_counter()
-        with torch.no_grad():
-            old = [self._logprobs(self._engine, padded) for padded in shard]
-        for logprobs, padded in zip(old, shard, strict=True):
-            self._compare_with_rollout(logprobs, padded)
-        self._seconds["logprob"] += time.perf_counter() - started
-        return old
-
-    def _logprobs(self, model: Any, padded: PaddedBatch) -> Tensor:
-        """Log-probabilities of the targets at the sampling temperature, [N, T] in fp32."""
-        output = model(input_ids=padded.input_ids_N_L, use_cache=False, logits_to_keep=padded.columns_T)
-        logits = output.logits.float() / self._config.sampling.temperature
-        chosen = logits.gather(-1, padded.targets_N_T[..., None])[..., 0]
-        return chosen - torch.logsumexp(logits, dim=-1)
-
-    def _policy_loss(self, logprobs: Tensor, old: Tensor, padded: PaddedBatch, sequences: int) -> Any:
-        weights = torch.full_like(padded.advantages_N, 1 / sequences)
-        return clipped_policy_loss(
-            logprobs,
-            old,
-            padded.advantages_N,
-            padded.mask_N_T,
-            clip_low=self._config.algo.clip_low,
-            clip_high=self._config.algo.clip_high,
-            weights_N=weights,
+    def _tokens(self, batch: MicroBatch, logprobs_T: Tensor, *, old_T: Tensor, **more: Tensor | None) -> Tokens:
+        return Tokens(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=old_T,
+            rollout_logprobs_T=batch.rollout_logprobs_T,
+            advantages_T=batch.advantages_T,
+            weights_T=batch.weights_T,
+            sequence_T=batch.sequence_T,
+            sequences=batch.sequences,
+            **more,  # type: ignore[arg-type]
         )
 
-    def _compare_with_rollout(self, logprobs: Tensor, padded: PaddedBatch) -> None:
-        """Count how far the learner's log-probabilities are from the engine's, on the same tokens."""
-        difference = (logprobs - padded.rollout_logprobs_N_T).abs() * padded.mask_N_T
-        self._sums[_SUMS.index("tokens")] += padded.mask_N_T.sum()
-        self._sums[_SUMS.index("rollout_diff")] += difference.sum()
-        # KL(rollout || learner): the tokens were sampled by the rollout engine.
-        self._sums[_SUMS.index("rollout_kl")] += k3_divergence(padded.rollout_logprobs_N_T, logprobs, padded.mask_N_T)
-        self._worst = torch.maximum(self._worst, difference.max().double())
+    def _forward(self, batch: MicroBatch, entropy: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the completion tokens at the sampling temperature, and the policy's entropy there."""
+        if self._together is None:
+            inputs = batch.inputs
+            return self._engine(inputs.input_ids, batch.at_T, batch.targets_T, entropy=entropy, **inputs.kwargs)
+        cut = self._together.cut(batch)
+        targets_T = batch.targets_T[cut.own_T]
+        found = self._engine(cut.inputs.input_ids, cut.at_T, targets_T, entropy=entropy, **cut.inputs.kwargs)
+        logprobs_T, *entropies = (
+            self._together.join(cut.own_T, x_T, len(batch.at_T)) for x_T in (found if entropy else found[:1])
+        )
+        return logprobs_T, entropies[0] if entropies else logprobs_T.new_empty(0)
 
-    def _padded(self, sequences: Sequence[TrainSequence], ranks: int, rank: int) -> list[PaddedBatch]:
-        lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in sequences]
-        shares = micro_batches(lengths, ranks, self._config.batch.tokens_per_micro_batch)
-        return [pad([sequences[i] for i in indices], self._device) for indices in shares[rank]]
+    @torch.no_grad()
+    def _logprobs(self, batch: MicroBatch) -> Tensor:
+        return self._forward(batch, entropy=False)[0]
 
-    def _clip_groups(self) -> dict[str, float]:
-        """Clip each optimizer group's gradient by its own norm, over all ranks. Returns the norms before clipping.
+    def _reference_logprobs(self, shards: Sequence[Sequence[MicroBatch]]) -> list[list[Tensor | None]]:
+        algo = self._config.algo
+        if not algo.needs_reference or algo.kl_in != "loss":
+            return [[None] * len(shard) for shard in shards]
+        with self._engine.base_policy():
+            return [[self._logprobs(b) for b in shard] for shard in shards]
 
-        DeepSpeed clips by the norm over all groups together, with which one group's gradient would set the other's step
-        size. The averaged gradient shards are there between `backward` and `step`, in one list a ZeRO-1/2 group or
-        ZeRO-3 sub-group.
-        """
-        owner = getattr(self._optimizer, "sub_group_to_group_id", None)
-        shards: list[list[Tensor]] = [[] for _ in self._group_names]
-        for index, tensors in self._optimizer.averaged_gradients.items():
-            shards[index if owner is None else owner[index]] += [t for t in tensors if t is not None]
-        squares = torch.stack([sum((t.float().square().sum() for t in s), self._zero()) for s in shards])
-        deepspeed.comm.all_reduce(squares)
-        norms = squares.sqrt().tolist()
-        if not all(math.isfinite(norm) for norm in norms):
-            raise RuntimeError(
-                f"the gradient is not finite: norms by group {dict(zip(self._group_names, norms, strict=True))}"
-            )
-        for tensors, norm, limit in zip(shards, norms, self._max_norm, strict=True):
-            if norm > limit:
-                for tensor in tensors:
-                    tensor.mul_(limit / norm)
-        return dict(zip(self._group_names, norms, strict=True))
+    def _indices(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
+        """This rank's micro-batches; ranks of a sequence group have the same ones."""
+        size = self._config.learner.sequence_parallel
+        tokens = self._config.batch.tokens_per_micro_batch * size
+        shares = micro_batches([s.length for s in sequences], self._world_size // size, tokens, self._layout)
+        return shares[self._rank // size]
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), device=self._device)
+    def _shard(self, sequences: Sequence[TrainSequence]) -> list[MicroBatch]:
+        indices = self._indices(sequences)
+        return [collate([sequences[i] for i in some], self._layout, self._device) for some in indices]
+
+    def _throughput(self, batch: TrainBatch) -> dict[str, float]:
+        """Of the training passes, by this rank's clock; the FLOPs are those of all ranks."""
+        sequences = [s for m in batch.mini_batches for s in m]
+        lengths = [s.length for s in sequences]
+        predicted = sum(len(s.completion_ids) for s in sequences)
+        epochs, seconds = self._config.batch.epochs, self._seconds["train"]
+        tflops = epochs * self._flops.training(lengths, predicted) / seconds / self._world_size / 1e12
+        rates = {"throughput/train_tokens": epochs * sum(lengths) / seconds, "throughput/tflops": tflops}
+        if self._peak is not None:
+            rates["throughput/mfu"] = tflops / self._peak
+        return rates
 
     def _gathered(self) -> Any:
-        """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
-        if self._config.learner.zero_stage < 3 or not hasattr(self, "_engine"):
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
+        return self._engine.gathered() if hasattr(self, "_engine") else nullcontext()
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - started
 
     def _digests(self) -> Mapping[str, str]:
         with self._gathered():
@@ -304,29 +330,28 @@ class LearnerWorker:
                 parameters |= {f"{name}.A": pair.a, f"{name}.B": pair.b}
             return {name: digest(p.to(self._dtype)) for name, p in parameters.items()}
 
-    def _deepspeed_config(self) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-            "bf16": {"enabled": self._dtype == torch.bfloat16},
-            # Micro-batches add up in fp32, so that their number does not change the gradient.
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": {
-                "stage": self._config.learner.zero_stage,
-                "contiguous_gradients": True,
-                "overlap_comm": False,
-                "round_robin_gradients": False,
-                "stage3_param_persistence_threshold": 0,
-            },
-        }
+
+def _update_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """Norms, as means over the step's updates: of the parts, and of the components in them."""
+    skipped = sum(not u.applied for u in updates)
+    metrics: dict[str, float] = {"policy/updates": len(updates), "faults/skipped_updates": skipped}
+    for kind, norms in (("grad", [u.grad_norms for u in updates]), ("update", [u.update_norms for u in updates])):
+        for name in norms[0]:
+            metrics[f"part/{name}/{kind}_norm"] = sum(n[name] for n in norms) / len(norms)
+        for part in part_norms(norms[0]):
+            mean = sum(part_norms(n)[part] for n in norms) / len(norms)
+            metrics[f"grad_norm/{part}" if kind == "grad" else f"part/{part}/update_norm"] = mean
+    return metrics
 
 
-_TAG = "state"
-_SUMS = ("loss", "clipped", "tokens", "rollout_kl", "rollout_diff")
+def _switch_off_dropout(model: nn.Module) -> None:
+    """With dropout, the policy that trains would not be the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # passed to functions by attention modules
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def _rendezvous(address: str, port: int, rank: int, world_size: int) -> TCPStore:
@@ -340,8 +365,3 @@ def _rendezvous(address: str, port: int, rank: int, world_size: int) -> TCPStore
         is_master=serves,
         master_listen_fd=listener.detach() if listener else None,  # the store closes it
     )
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Whole shape, also where ZeRO-3 holds a partition of it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

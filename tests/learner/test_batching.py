@@ -6,74 +6,143 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_rl.config import LearnerConfig
-from hybrid_rl.learner.assemble import assemble, lr_scale, mini_batches
-from hybrid_rl.learner.batching import micro_batches, pad
+from hybrid_rl.config import Config, parse_config
+from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches, reward_metrics
+from hybrid_rl.learner.batching import collate, micro_batches
 from hybrid_rl.types import Completion, Prompt, ScoredGroup, TrainSequence
 
+SCALE = {"full": 1.0, "lora": 1.0}
+LAYOUTS = ["segments", "positions", "padded", "single"]
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 4), st.integers(50, 300))
-def test_every_sequence_is_in_one_micro_batch_within_the_budget(lengths: list[int], ranks: int, tokens: int):
-    shares = micro_batches(lengths, ranks, tokens)
+
+def _config(**changes: object) -> Config:
+    tree = {"model": {"path": "m"}, "data": {"train": "a", "eval": "b"}, "sampling": {"max_completion_length": 10}}
+    return parse_config({**tree, **changes})
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 4), st.integers(50, 300), st.sampled_from(LAYOUTS))
+def test_every_sequence_is_in_one_micro_batch_within_the_budget(lengths: list[int], ranks: int, tokens: int, layout):
+    shares = micro_batches(lengths, ranks, tokens, layout)
     dealt = sorted(i for share in shares for batch in share for i in batch)
     assert dealt == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1, "every rank makes the same number of collective calls"
-    counts = [sum(map(len, share)) for share in shares]
-    assert max(counts) - min(counts) <= 1
+    packed = layout in ("segments", "positions")
     for share in shares:
         for batch in share:
-            assert max((lengths[i] for i in batch), default=0) * len(batch) <= tokens
+            some = [lengths[i] for i in batch]
+            assert (sum(some) if packed else max(some, default=0) * len(some)) <= tokens
+            assert layout != "single" or len(some) <= 1
 
 
-def test_padding_keeps_targets_masks_and_logprobs_aligned():
-    batch = pad(
-        [TrainSequence((5, 6), (7, 8, 9), (-1.0, -2.0, -3.0), 0.5), TrainSequence((1, 2, 3), (4,), (-4.0,), -1.0)]
+@given(st.lists(st.integers(1, 50), min_size=24, max_size=60), st.integers(1, 4))
+def test_packed_ranks_get_near_equal_tokens(lengths: list[int], ranks: int):
+    loads = [sum(lengths[i] for b in share for i in b) for share in micro_batches(lengths, ranks, 200, "segments")]
+    assert max(loads) - min(loads) <= 50
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_positions_and_logprobs_are_aligned(layout):
+    sequences = [
+        TrainSequence((5, 6), (7, 8, 9), (-1.0, -2.0, -3.0), 0.5, 0.1),
+        TrainSequence((1, 2, 3), (4,), (-4.0,), -1.0, 0.2),
+    ]
+    batch = collate(sequences, layout)
+    inputs = batch.inputs.input_ids.flatten()
+    assert batch.targets_T.tolist() == [7, 8, 9, 4]
+    assert inputs[batch.at_T].tolist() == [6, 7, 8, 3], "each is the token before its target"
+    assert [inputs[start].item() for start in batch.inputs.starts] == [5, 1]
+    assert batch.sequence_T.tolist() == [0, 0, 0, 1]
+    assert batch.rollout_logprobs_T.tolist() == [-1, -2, -3, -4]
+    assert batch.advantages_T.tolist() == [0.5, 0.5, 0.5, -1]
+    assert batch.weights_T.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_micro_batch_has_an_input_and_no_tokens_to_learn_from(layout):
+    batch = collate([], layout)
+    assert batch.inputs.input_ids.numel() > 0
+    assert batch.at_T.numel() == batch.targets_T.numel() == batch.weights_T.numel() == batch.sequences == 0
+
+
+def _group(rewards: list[float | None], lengths: list[int] | None = None, cut: tuple[int, ...] = ()) -> ScoredGroup:
+    completions = tuple(
+        Completion("", (1,) * n, (-1.0,) * n, "length" if i in cut else "stop", 0)
+        for i, n in enumerate(lengths or [2] * len(rewards))
     )
-    assert batch.input_ids_N_L.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]
-    assert batch.columns_T.tolist() == [1, 2, 3]
-    assert batch.targets_N_T.tolist() == [[7, 8, 9], [3, 4, 0]]
-    assert batch.mask_N_T.tolist() == [[1, 1, 1], [0, 1, 0]]
-    assert batch.rollout_logprobs_N_T.tolist() == [[-1, -2, -3], [0, -4, 0]]
-
-
-def test_an_empty_micro_batch_has_no_tokens_to_learn_from():
-    batch = pad([])
-    assert batch.mask_N_T.numel() > 0
-    assert batch.mask_N_T.sum() == 0
-
-
-def _group(rewards: list[float | None], lengths: list[int] | None = None) -> ScoredGroup:
-    completions = tuple(Completion("", (1,) * n, (-1.0,) * n, "stop", 0) for n in (lengths or [2] * len(rewards)))
     return ScoredGroup(Prompt("0", "", (1,), {}), completions, tuple(rewards), {"r": tuple(rewards)})
 
 
+GROUPS = [
+    _group([1.0, 1.0, 1.0]),
+    _group([0.0, 1.0, None]),
+    _group([None, None, 1.0]),
+    _group([0.0, 1.0, 1.0], [2, 0, 2]),
+]
+
+
 def test_groups_without_signal_are_dropped_and_counted():
-    groups = [
-        _group([1.0, 1.0, 1.0]),
-        _group([0.0, 1.0, None]),
-        _group([None, None, 1.0]),
-        _group([0.0, 1.0, 1.0], [2, 0, 2]),
-    ]
-    data = assemble(groups)
+    data = assemble(GROUPS, _config(algo={"zero_variance": "drop"}))
     assert data.zero_variance_groups == 2
-    assert data.unscored == 1
-    assert len(data.sequences) == 4, "two of the second group, and the two of the last that have tokens"
     assert data.advantages[0] == [0, 0, 0]
     assert data.advantages[1][0] == -data.advantages[1][1] != 0
-    assert assemble([_group([0.0, 0.0])]).sequences == []
+    assert data.dropped_tokens == {"zero_variance": 8, "unscored": 6}
+    metrics = reward_metrics(GROUPS, data)
+    assert metrics["reward/unscored"] == 3
+    assert metrics["tokens/dropped_zero_variance"] == 8
+    assert metrics["tokens/generated"] == 22
+    assert assemble([_group([0.0, 0.0])], _config(algo={"zero_variance": "drop"})).sequences == []
+
+
+def test_groups_without_signal_count_in_the_mean_unless_dropped():
+    kept = {}
+    for how in ("count", "drop"):
+        config = _config(algo={"zero_variance": how})
+        [batch] = mini_batches(assemble(GROUPS[:2], config).sequences, config, SCALE).mini_batches
+        assert len(batch) == 2, "only what has a gradient is computed"
+        kept[how] = batch[0].weight
+    assert kept["count"] == pytest.approx(1 / (5 * 2)), "five completions have a reward"
+    assert kept["drop"] == pytest.approx(1 / (2 * 2))
+
+
+def test_what_has_a_gradient_without_an_advantage_is_computed():
+    config = _config(algo={"kl_coef": 0.1})
+    [batch] = mini_batches(assemble([GROUPS[0]], config).sequences, config, SCALE).mini_batches
+    assert [s.advantage for s in batch] == [0, 0, 0]
+
+
+def test_cut_completions_are_left_out_but_count():
+    group = _group([0.0, 1.0, 1.0, 0.0], cut=(1, 3))
+    config = _config(algo={"overlong_filter": True})
+    data = assemble([group], config)
+    assert data.advantages[0][1] == data.advantages[0][3] == 0
+    assert data.dropped_tokens == {"overlong": 4}
+    [batch] = mini_batches(data.sequences, config, SCALE).mini_batches
+    assert [s.weight for s in batch] == pytest.approx([1 / (4 * 2)] * 2)
+
+
+def test_overlong_and_divergence_penalties_shape_the_rewards():
+    config = _config(algo={"overlong_buffer": 0.4, "advantage": "raw", "kl_coef": 0.5, "kl_in": "reward"})
+    data = assemble([_group([1.0, 1.0, 0.0], [6, 8, 10])], config, [[0.0, 0.2, 0.4]])
+    assert data.advantages[0] == pytest.approx([1.0, 1.0 - 0.5 - 0.1, 0.0 - 1.0 - 0.2])
+    assert data.penalties == pytest.approx({"overlong": 0.5, "kl": 0.1})
 
 
 @given(st.integers(0, 20), st.integers(1, 5))
 def test_mini_batches_deal_every_sequence_once(count: int, parts: int):
-    sequences = [TrainSequence((1,), (i,), (0.0,), 0.0) for i in range(count)]
-    batch = mini_batches(sequences, parts, 1.0)
+    sequences = [TrainSequence((1,), (i,), (0.0,), 1.0) for i in range(count)]
+    batch = mini_batches(sequences, _config(batch={"mini_batches": parts, "prompts": 60}), SCALE)
     assert sorted(s.completion_ids[0] for m in batch.mini_batches for s in m) == list(range(count))
     assert all(batch.mini_batches)
+    assert all(sum(s.weight for s in m) == pytest.approx(1) for m in batch.mini_batches)
 
 
 def test_learning_rate_schedules():
-    constant = LearnerConfig(warmup_steps=4)
-    assert [lr_scale(s, 10, constant) for s in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1, 1, 1]
-    linear = LearnerConfig(schedule="linear")
-    assert [lr_scale(s, 4, linear) for s in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
-    assert lr_scale(3, 4, LearnerConfig(schedule="cosine")) == pytest.approx(0.5)
+    def full(step: int, steps: int, **settings: object) -> float:
+        return lr_scales(step, _config(steps=steps, **settings))["full"]
+
+    assert [full(s, 10, learner={"warmup_steps": 4}) for s in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1, 1, 1]
+    assert [full(s, 4, learner={"schedule": "linear"}) for s in (1, 2, 3, 4)] == [1, 0.75, 0.5, 0.25]
+    assert full(3, 4, learner={"schedule": "cosine"}) == pytest.approx(0.5)
+    own = _config(steps=4, learner={"schedule": "linear"}, lora={"schedule": "constant", "warmup_steps": 2})
+    assert lr_scales(1, own) == {"full": 1, "lora": 0.5}
+    assert lr_scales(3, own) == {"full": 0.5, "lora": 1}

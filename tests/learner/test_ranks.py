@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import random
 from pathlib import Path
 
 import pytest
@@ -12,54 +10,42 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan
-from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.components import read_model
-from hybrid_rl.config import LoraConfig, PlanConfig, parse_config
+from hybrid_rl.config import parse_config
 from hybrid_rl.learner.assemble import mini_batches
-from hybrid_rl.plan import AdaptationPlan, build_plan
+from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import find_score
 from hybrid_rl.types import TrainSequence
 from hybrid_rl.weight_sync import decode_update, lora_names
+from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
 
 STEPS = 5
 SCORES = ("update_tail_split", "adam_tail_split", "grad_tail_split", "grad_norm")
 FULL_LR, LORA_LR, MAX_NORM = 1e-4, 1e-3, 0.05  # a clip that binds, so that it is tested too
 
 
-def _sequences(step: int) -> list[TrainSequence]:
-    draw = random.Random(step)
-    result = []
-    for _ in range(11):  # not a multiple of the ranks
-        prompt = tuple(draw.randrange(2, 250) for _ in range(draw.randrange(2, 9)))
-        completion = tuple(draw.randrange(2, 250) for _ in range(draw.randrange(1, 12)))
-        result.append(TrainSequence(prompt, completion, tuple(-5.0 for _ in completion), draw.uniform(-2, 2)))
-    return result
-
-
-def _tree(model: Path, stage: int, world: int, mini: int) -> dict:
+def _tree(model: Path, stage: int, world: int, mini: int, epochs: int = 1) -> dict:
     return {
         "model": {"path": str(model)},
         "data": {"train": "arithmetic@train", "eval": "arithmetic@eval", "max_prompt_length": 16},
         "sampling": {"max_completion_length": 16, "temperature": 0.7},
         # Two or three sequences a micro-batch, so that gradients accumulate.
-        "batch": {"prompts": 8, "num_generations": 2, "mini_batches": mini, "tokens_per_micro_batch": 40},
+        "batch": {
+            "prompts": 8,
+            "num_generations": 2,
+            "mini_batches": mini,
+            "epochs": epochs,
+            "tokens_per_micro_batch": 40,
+        },
         "full": {"lr": FULL_LR, "max_grad_norm": MAX_NORM},
         "lora": {"lr": LORA_LR, "rank": 4, "max_grad_norm": MAX_NORM},
         "learner": {"world_size": world, "zero_stage": stage},
     }
 
 
-def _plan(model: Path) -> AdaptationPlan:
-    anatomy = read_model(AutoModelForCausalLM.from_pretrained(model))
-    scores = {c.name: float(("v_proj" in c.name) + ("up_proj" in c.name)) for c in anatomy.candidates}
-    options = {"model": "tiny", "method": {}, "seed": 0, "settings": PlanConfig(), "lora": LoraConfig(rank=4, alpha=8)}
-    return build_plan(anatomy, scores, ratio=0.2, **options)
-
-
-def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
+def _rank(rank: int, port: int, tree: dict, plan: str):
     from hybrid_rl.learner.worker import LearnerWorker
 
-    torch.set_num_threads(1)
     worker = LearnerWorker(parse_config(tree), rank)
     worker.connect("127.0.0.1", port)
     before = {name: p.clone() for name, p in worker._model.named_parameters()}
@@ -67,44 +53,29 @@ def _rank(rank: int, port: int, tree: dict, plan: str, queue) -> None:
     for name in SCORES:
         worker.begin_ranking(find_score(name))
         for step in range(3 if name == "update_tail_split" else 1):
-            worker.observe([_sequences(100 + step), _sequences(200 + step)], 1e-3)
+            worker.observe([random_sequences(100 + step), random_sequences(200 + step)], 1e-3)
         scores[name], unreached = worker.finish_ranking()
         assert not unreached
     after = dict(worker._model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(p, before[name]) for name, p in after.items()), "ranking moved a weight"
     worker.build(plan)
-    mini = tree["batch"]["mini_batches"]
-    stats = [worker.train(mini_batches(_sequences(step), mini, 1.0)) for step in range(STEPS)]
+    config, scale = parse_config(tree), {"full": 1.0, "lora": 1.0}
+    stats = [worker.train(mini_batches(random_sequences(step), config, scale)) for step in range(STEPS)]
     update = worker.export(STEPS)
-    if rank == 0:
-        queue.put(([s.metrics for s in stats], update.tensors, update.digests, scores))
+    return [s.metrics for s in stats], update, scores
 
 
 def run_ranks(
     tree: dict, plan: AdaptationPlan
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Score, then train 5 steps, on real ranks. Returns each step's metrics, the trained tensors and the scores."""
-    from hybrid_rl.types import WeightUpdate
-
-    context = multiprocessing.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    world = tree["learner"]["world_size"]
-    ranks = [context.Process(target=_rank, args=(r, port, tree, plan.to_json(), queue)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    try:
-        metrics, tensors, digests, scores = queue.get(timeout=300)
-        for process in ranks:
-            process.join(60)
-    finally:
-        for process in ranks:
-            process.kill()
-    full, lora = decode_update(WeightUpdate(STEPS, tensors, digests, 4))
+    metrics, update, scores = on_ranks(tree["learner"]["world_size"], _rank, tree, plan.to_json())
+    full, lora = decode_update(update)
     return metrics, {**full, **lora}, scores
 
 
-def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(model: Path, plan: AdaptationPlan, mini: int, epochs: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same five steps, one sequence at a time, in plain torch."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -123,11 +94,11 @@ def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float]
 
     losses = []
     for step in range(STEPS):
-        batches = [_sequences(step)[i::mini] for i in range(mini)]
+        batches = [random_sequences(step)[i::mini] for i in range(mini)]
         with torch.no_grad():
             old = [[logprobs(s) for s in batch] for batch in batches]
         step_losses = []
-        for batch, old_batch in zip(batches, old, strict=True):
+        for batch, old_batch in [*zip(batches, old, strict=True)] * epochs:
             terms = []
             for s, before in zip(batch, old_batch, strict=True):
                 ratio = (logprobs(s) - before).exp()
@@ -139,7 +110,7 @@ def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float]
                 torch.nn.utils.clip_grad_norm_(group, MAX_NORM)
             optimizer.step()
             step_losses.append(loss.item())
-        losses.append(sum(step_losses) / mini)
+        losses.append(sum(step_losses) / len(step_losses))
     trained = {name: p.detach() for name, p in adapted.full.items()}
     for name, pair in adapted.lora.items():
         name_a, name_b = lora_names(name)
@@ -148,23 +119,23 @@ def reference(model: Path, plan: AdaptationPlan, mini: int) -> tuple[list[float]
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "mini"),
+    ("stage", "world", "mini", "epochs"),
     [
-        (2, 2, 1),
-        (3, 2, 2),
-        pytest.param(1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(2, 1, 1, marks=pytest.mark.slow),
-        pytest.param(3, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, 1, marks=pytest.mark.slow),
-        pytest.param(3, 2, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, 2, marks=pytest.mark.slow),
-        pytest.param(2, 2, 2, marks=pytest.mark.slow),
+        (2, 2, 1, 1),
+        (3, 2, 2, 2),
+        pytest.param(1, 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, 1, marks=pytest.mark.slow),
     ],
 )
-def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world: int, mini: int):
-    plan = _plan(tiny_model)
-    losses, expected = reference(tiny_model, plan, mini)
-    metrics, trained, scores = run_ranks(_tree(tiny_model, stage, world, mini), plan)
+def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world: int, mini: int, epochs: int):
+    plan = hybrid_plan(tiny_model)
+    losses, expected = reference(tiny_model, plan, mini, epochs)
+    metrics, trained, scores = run_ranks(_tree(tiny_model, stage, world, mini, epochs), plan)
     assert [m["policy/loss"] for m in metrics] == pytest.approx(losses, abs=1e-5)
     assert trained.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -173,7 +144,7 @@ def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world
     reference_scores = _scores_of_one_process(tiny_model)
     for score in SCORES:
         # Equal to rounding, so that the plans, in order and treatment, are equal.
-        assert scores[score] == pytest.approx(reference_scores[score], rel=1e-3, abs=1e-7), score
+        assert scores[score] == pytest.approx(reference_scores[score], rel=5e-3, abs=1e-7), score
         assert _order(scores[score]) == _order(reference_scores[score])
     assert scores["grad_norm"] == pytest.approx(_gradient_norms(tiny_model), rel=1e-3, abs=1e-12)
 
@@ -185,14 +156,14 @@ def _order(scores: dict[str, float]) -> list[str]:
 @functools.cache
 def _scores_of_one_process(model: Path) -> dict[str, dict[str, float]]:
     tree = _tree(model, 2, 1, 1)
-    _, _, scores = run_ranks(tree, _plan(model))
+    _, _, scores = run_ranks(tree, hybrid_plan(model))
     return scores
 
 
 def _gradient_norms(model: Path) -> dict[str, float]:
     """`grad_norm` from one sequence at a time, in plain torch."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    halves = [_sequences(100), _sequences(200)]
+    halves = [random_sequences(100), random_sequences(200)]
     for s in [s for half in halves for s in half]:
         ids = torch.tensor([s.prompt_ids + s.completion_ids])
         logits = network(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7

@@ -1,0 +1,63 @@
+"""From the losses of single tokens to the one number that is differentiated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hybrid_rl.algo import AlgoConfig
+from hybrid_rl.algorithms.losses import Loss, TokenLoss, kl_T
+from hybrid_rl.algorithms.mismatch import mismatch_weights, off_policy_mask
+from hybrid_rl.algorithms.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A micro-batch's share of the objective, and what went into it (without gradient)."""
+
+    loss: Tensor
+    """Scalar to differentiate."""
+    tokens: TokenLoss
+    kl_T: Tensor | None
+    """From the reference policy, where it is given."""
+    mismatch_dropped_T: Tensor
+    off_policy_dropped_T: Tensor
+
+
+def policy_objective(tokens: Tokens, algo: AlgoConfig, loss: Loss) -> Objective:
+    """Sum over the tokens of `weight * (mismatch * kept * loss + kl_coef * kl - entropy_coef * entropy)`.
+
+    Summed over any split of a mini-batch's sequences it has the value and the gradient of the whole, as the weights are
+    the mini-batch's. Correction and mask act on the policy's loss alone, as in TRL; the entropy's mean is the
+    aggregation's, where TRL's is always over tokens. Raises `ValueError` if the loss is not one number a token.
+    """
+    found = _token_loss(loss(tokens, algo), tokens, algo)
+    mismatch_T, dropped_T = mismatch_weights(tokens, algo)
+    kept_T = off_policy_mask(tokens, algo)
+    total_T = found.loss_T * mismatch_T * kept_T
+    reference_T = tokens.reference_logprobs_T
+    divergence_T = None if reference_T is None else kl_T(algo.kl_estimator, tokens.logprobs_T, reference_T)
+    if algo.kl_coef > 0 and algo.kl_in == "loss":
+        assert divergence_T is not None, "algo.kl_coef needs reference_logprobs_T"
+        total_T = total_T + algo.kl_coef * divergence_T
+    if algo.entropy_coef > 0:
+        assert tokens.entropy_T is not None, "algo.entropy_coef needs entropy_T"
+        total_T = total_T - algo.entropy_coef * tokens.entropy_T
+    return Objective(
+        loss=(total_T * tokens.weights_T).sum(),
+        tokens=replace(found, loss_T=found.loss_T.detach()),
+        kl_T=None if divergence_T is None else divergence_T.detach(),
+        mismatch_dropped_T=dropped_T,
+        off_policy_dropped_T=~kept_T,
+    )
+
+
+def _token_loss(found: TokenLoss | Tensor, tokens: Tokens, algo: AlgoConfig) -> TokenLoss:
+    result = found if isinstance(found, TokenLoss) else TokenLoss(found)
+    shape = getattr(result.loss_T, "shape", type(found).__name__)
+    if shape != tokens.logprobs_T.shape:
+        raise ValueError(
+            f"algo.loss={algo.loss} must return one loss for each of {len(tokens.logprobs_T)} tokens, not {shape}"
+        )
+    return result

@@ -1,0 +1,255 @@
+"""DeepSpeed's engine with what reinforcement learning asks of it by group of parameters.
+
+Each part (full, lora) has its own learning rate, decay and clip; gradient and update norms are known by component; a
+gradient that is not finite skips the update; the base policy can be had back for a forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+from torch import Tensor, nn
+
+from hybrid_rl.adaptation import PARTS, AdaptedModel, ParameterGroup
+from hybrid_rl.config import Config
+
+_TAG = "state"
+_CHUNK = 2**22
+"""Elements of optimizer state looked at together."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    applied: bool
+    """False where a gradient was not finite: then nothing was changed."""
+    grad_norms: Mapping[str, float]
+    """By group, before clipping."""
+    update_norms: Mapping[str, float]
+    """By group: norm of the change of the fp32 weights."""
+
+
+class TrainingEngine:
+    """Every method is a collective operation."""
+
+    def __init__(
+        self, policy: nn.Module, adapted: AdaptedModel, groups: Sequence[ParameterGroup], config: Config
+    ) -> None:
+        """Start DeepSpeed on `policy`, a module around `adapted.model`.
+
+        Raises `RuntimeError` if DeepSpeed dropped a group, or does not hold one as it should.
+        """
+        self._config, self._adapted, self._groups = config, adapted, list(groups)
+        settings = {"full": config.full, "lora": config.lora}
+        self._rates = {"full": config.full.lr, "lora": config.lora_lr}
+        self._max_norm = {part: settings[part].max_grad_norm for part in PARTS}
+        self._optimizer: Any
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=self._adam(settings), config=_deepspeed_config(config)
+        )
+        self._check(settings)
+        # What the base model holds in the places of the full matrices (LoRA's contribution is switched off instead).
+        self._originals = [_held(p).clone() for p in adapted.full.values()] if config.algo.needs_reference else []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the loss; `last` of the micro-batches before a `step`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; each rank's loss is its share of the whole already.
+        self._engine.backward(loss * self._config.learner.world_size, scale_wrt_gas=False)
+
+    def step(self, scale: Mapping[str, float]) -> Update:
+        """Clip each part by its own norm, and update; `scale` is the factor of each part's learning rate."""
+        grad_norms = self._norms(self._gradients())
+        finite = all(math.isfinite(norm) for norm in grad_norms.values())
+        if finite:
+            self._clip(grad_norms)
+        for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = self._rates[parameters.part] * scale[parameters.part]
+        self._engine.step()
+        if self._optimizer.overflow is finite:
+            raise RuntimeError(f"DeepSpeed judged the gradient otherwise than its norms {grad_norms} say")
+        update_norms = self._norms(self._updates()) if finite else dict.fromkeys(grad_norms, 0.0)
+        return Update(finite, grad_norms, update_norms)
+
+    @contextmanager
+    def base_policy(self) -> Iterator[None]:
+        """Inside, the model is the base model: original weights for the full matrices, no LoRA contribution.
+
+        Weights are exchanged in place, each rank's share of them under ZeRO-3, so that one copy is enough.
+        """
+        if not self._config.algo.needs_reference:
+            raise RuntimeError("the original weights are kept only where algo.kl_coef > 0")
+        layers: list[Any] = [m for m in self._adapted.model.modules() if hasattr(m, "lora_A")]
+        self._exchange()
+        for layer in layers:
+            for name in layer.scaling:
+                layer.set_scale(name, 0.0)
+        try:
+            yield
+        finally:
+            self._exchange()
+            for layer in layers:
+                for name in layer.scaling:
+                    layer.set_scale(name, 1.0)
+
+    def gathered(self) -> Any:
+        """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
+        if self._config.learner.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
+
+    def save(self, directory: str) -> None:
+        self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
+
+    def load(self, directory: str) -> None:
+        path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
+
+    def _adam(self, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": list(g.parameters), "lr": self._rates[g.part], "weight_decay": settings[g.part].weight_decay}
+            for g in self._groups
+        ]
+        options: dict[str, Any] = {"betas": self._config.learner.adam_betas}
+        if self._config.learner.optimizer == "torch":
+            return torch.optim.AdamW(groups, **options)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+        offloads = self._config.learner.offload != "none"
+        return (DeepSpeedCPUAdam if offloads else FusedAdam)(groups, adamw_mode=True, **options)  # type: ignore[return-value]
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        kept = self._optimizer.param_groups
+        if len(kept) != len(self._groups):
+            raise RuntimeError(f"DeepSpeed kept {len(kept)} of the groups {[g.name for g in self._groups]}")
+        for held, masters, group in zip(kept, self._masters(), self._groups, strict=True):
+            wanted = {"lr": self._rates[group.part], "weight_decay": settings[group.part].weight_decay}
+            wrong = {name: held[name] for name, value in wanted.items() if held[name] != value}
+            if wrong:
+                raise RuntimeError(f"DeepSpeed holds {group.name} with {wrong} instead of {wanted}")
+            if any(m.dtype != torch.float32 for m in masters):
+                raise RuntimeError(f"DeepSpeed holds {group.name} without fp32 masters")
+            size = torch.tensor([sum(m.numel() for m in masters)], device=self._engine.device)
+            deepspeed.comm.all_reduce(size)
+            if int(size) < sum(math.prod(_shape(p)) for p in group.parameters):
+                raise RuntimeError(f"DeepSpeed holds {int(size)} parameters of {group.name}, which are too few")
+
+    def _per_group(self, tensors: Mapping[int, Any]) -> list[list[Tensor]]:
+        """Tensors by group, from ones by group (ZeRO-1, ZeRO-2) or by the sub-groups of ZeRO-3."""
+        owner = getattr(self._optimizer, "sub_group_to_group_id", None)
+        shards: list[list[Tensor]] = [[] for _ in self._groups]
+        for index, found in tensors.items():
+            found = [found] if isinstance(found, Tensor) else found
+            shards[index if owner is None else owner[index]] += [t for t in found if t is not None]
+        return shards
+
+    def _masters(self) -> list[list[Tensor]]:
+        """This rank's share of the fp32 weights that the optimizer steps."""
+        names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+        partitions = next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
+        return self._per_group(dict(enumerate(partitions)))
+
+    def _gradients(self) -> list[list[Tensor]]:
+        """This rank's share of the averaged gradients: there between `backward` and `step`."""
+        if hasattr(self._optimizer, "fp32_groups_gradient_flat_partition"):  # bf16 under ZeRO-1
+            return self._per_group(dict(enumerate(self._optimizer.fp32_groups_gradient_flat_partition)))
+        if self._config.learner.offload != "none":
+            return [[m.grad for m in masters if m.grad is not None] for masters in self._masters()]
+        return self._per_group(self._optimizer.averaged_gradients)
+
+    def _updates(self) -> Iterator[Iterator[Tensor]]:
+        """What AdamW has just taken from the fp32 weights, computed from its state a chunk at a time."""
+        for group, masters in zip(self._optimizer.param_groups, self._masters(), strict=True):
+            yield (part for master in masters for part in self._update_of(group, master))
+
+    def _update_of(self, group: Mapping[str, Any], master: Tensor) -> Iterator[Tensor]:
+        state = self._optimizer.optimizer.state[master]
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        steps = float(state["step"])
+        correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
+        for m, v, weight in zip(
+            *(t.detach().flatten().split(_CHUNK) for t in (state["exp_avg"], state["exp_avg_sq"], master)), strict=True
+        ):
+            adam = lr * (m / correction1) / ((v / correction2).sqrt() + group["eps"])
+            yield adam + lr * decay * (weight + adam) / (1 - lr * decay)  # decay acted on the weight before the step
+
+    def _norms(self, shards: Any) -> dict[str, float]:
+        """Norm of each group over all ranks."""
+        device = self._engine.device
+        squares = [
+            sum((t.float().square().sum().double() for t in s), torch.zeros((), dtype=torch.float64)) for s in shards
+        ]
+        total = torch.stack([s.to(device) for s in squares])
+        deepspeed.comm.all_reduce(total)
+        return dict(zip((g.name for g in self._groups), total.sqrt().tolist(), strict=True))
+
+    def _clip(self, norms: Mapping[str, float]) -> None:
+        """DeepSpeed would clip by the norm of all parts together, and one's gradient would set the other's step."""
+        parts = part_norms(norms)
+        for tensors, group in zip(self._gradients(), self._groups, strict=True):
+            if parts[group.part] > self._max_norm[group.part]:
+                for tensor in tensors:
+                    tensor.mul_(self._max_norm[group.part] / parts[group.part])
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, original in zip(self._adapted.full.values(), self._originals, strict=True):
+            held = _held(parameter)
+            current = held.clone()
+            held.copy_(original)
+            original.copy_(current)
+
+
+def part_norms(norms: Mapping[str, float]) -> dict[str, float]:
+    """Norms of the parts, from those of their groups."""
+    parts = {name.partition("/")[0] for name in norms}
+    return {p: math.sqrt(sum(n**2 for name, n in norms.items() if name.startswith(f"{p}/"))) for p in sorted(parts)}
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: all of it, or a share under ZeRO-3."""
+    return getattr(parameter, "ds_tensor", parameter.data).detach()
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Whole shape, also where ZeRO-3 holds a partition of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    learner = config.learner
+    zero: dict[str, Any] = {
+        "stage": learner.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "round_robin_gradients": False,
+        "stage3_param_persistence_threshold": 0,
+    }
+    if learner.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if learner.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        # Micro-batches add up in fp32, so that their number does not change the gradient.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+    }

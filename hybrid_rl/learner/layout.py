@@ -1,0 +1,309 @@
+"""How the sequences of a micro-batch lie in a forward pass, and which layout a model at hand computes exactly.
+
+Packed, sequences follow one another in a single row and nothing is spent on padding; but a layer that does not keep
+them apart leaks one into the next without a word. Which layers do depends on the family, its kernels and the attention
+implementation, so nothing is concluded from names: `choose_layout` runs the model on a few sequences, packed and one at
+a time, and compares log-probabilities and gradients.
+
+No layout has an attention mask, nor a cache: with either, transformers does not look for sequences in `position_ids`.
+Tokens of a causal model never see padding on their right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+import torch
+from deepspeed.sequence.layer import _SeqAllToAll
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hybrid_rl.settings import ConfigError
+
+Layout = Literal["segments", "positions", "padded", "single"]
+PACKED: tuple[Layout, ...] = ("segments", "positions")
+_ANY = 1  # token of a pass without sequences
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """Sequences as a model takes them."""
+
+    input_ids: Tensor
+    """[B, L]"""
+    kwargs: dict[str, Any]
+    """What else the model's forward is given."""
+    starts: tuple[int, ...]
+    """Where each sequence begins in `input_ids.flatten()`, in the order given."""
+
+
+def arrange(rows: Sequence[Sequence[int]], layout: Layout, device: torch.device | str = "cpu") -> ModelInput:
+    """Lay out sequences of tokens. No sequences make one token that belongs to none, for a rank with nothing to do."""
+    lengths = [len(row) for row in rows] or [1]
+    if layout not in PACKED:
+        # Padding repeats a token of the sequence: the embedding of a token made for padding is zero, where the backward
+        # pass of some families (Gemma 3n) is not finite.
+        ids = torch.tensor([[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows] or [[_ANY]])
+        starts = tuple(i * ids.shape[1] for i in range(len(rows)))
+        return ModelInput(ids.to(device), {"use_cache": False}, starts)
+    # Equal lengths side by side: our attention takes them in one call.
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ends = list(accumulate((lengths[i] for i in order), initial=0))
+    flat = [token for i in order for token in rows[i]] if rows else [_ANY]
+    bounds = torch.tensor(ends, dtype=torch.int32, device=device)
+    _LENGTHS[bounds] = [lengths[i] for i in order]
+    kwargs = {
+        "use_cache": False,
+        "position_ids": torch.cat([torch.arange(lengths[i]) for i in order])[None].to(device),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        # Convolutions and Mamba-2 scans go by this one, gated delta rules by cu_seq_lens_q too. Without the kernels
+        # that know them they raise, or ignore both: then the layout is not for this model.
+        "seq_idx": torch.cat([torch.full((lengths[i],), at) for at, i in enumerate(order)])[None].int().to(device),
+    }
+    starts = dict(zip(order, ends, strict=False))
+    return ModelInput(torch.tensor([flat], device=device), kwargs, tuple(starts[i] for i in range(len(rows))))
+
+
+# --- Attention over the sequences of a row, each by itself -------------------------------------------------------------
+
+_SEGMENTS = "hybrid_rl_segments"
+_LENGTHS = WeakTensorKeyDictionary()  # of a cu_seq_lens: reading it in every layer would wait for the device
+# What reaches an attention function without meaning anything to it. All else is refused: `s_aux`, `softcap`, `indices`.
+_IDLE = frozenset(
+    ["position_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"]
+)
+
+
+def use_segment_attention(model: Any) -> bool:
+    """Switch a model with PyTorch's attention to ours, which takes a packed row's sequences one by one.
+
+    It needs no mask of L² elements. False, and the model as it was, if it cannot be switched.
+    """
+    AttentionInterface.register(_SEGMENTS, _segment_attention)
+    AttentionMaskInterface.register(_SEGMENTS, _segment_mask)
+    text = model.config.get_text_config()
+    if text._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(_SEGMENTS)
+    return text._attn_implementation == _SEGMENTS
+
+
+def _segment_mask(
+    *, attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, **_: Any
+) -> Tensor | None:
+    """In place of a mask, the window's size, for a layer that has one: with PyTorch's attention the mask decides."""
+    if attention_mask is not None or use_vmap:
+        raise NotImplementedError("segment attention knows causal masks and sliding windows only")
+    return None if local_size is None else torch.full((1, 1, 1, 1), local_size, device="cpu")
+
+
+def _segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sequence_group: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of [B, H, L, D] -> [B, L, H, D]; of the row's sequences if `cu_seq_lens_q` is given.
+
+    With a `sequence_group`, L are this rank's tokens of the row, and it attends with its share of the heads.
+    """
+    refused = sorted(name for name, given in kwargs.items() if given is not None and name not in _IDLE)
+    if refused:
+        raise NotImplementedError(f"segment attention does not know {', '.join(refused)}")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotImplementedError("segment attention is causal")
+    window = None if attention_mask is None else int(attention_mask)
+    if sliding_window != window:
+        raise NotImplementedError(f"a layer with sliding_window={sliding_window} got the mask of {window}")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        band = None
+        if window is not None and q.shape[2] > window:
+            band = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - window)
+        return sdpa_attention_forward(module, q, k, v, band, dropout=dropout, scaling=scaling, is_causal=True)[0]
+
+    if cu_seq_lens_q is None:
+        return attend(query, key, value), None
+    if sequence_group is not None:
+        # All the row's tokens for some of the heads, in place of the reverse.
+        query, key, value = (
+            _SeqAllToAll.apply(sequence_group, x.transpose(1, 2), 2, 1, 0).transpose(1, 2) for x in (query, key, value)
+        )
+    lengths = _LENGTHS.get(cu_seq_lens_q) or cu_seq_lens_q.diff().tolist()
+    runs = [(length, len(list(equal))) for length, equal in groupby(lengths)]
+    # One `split` of the row: its gradient is put together once, where slices would add up as many rows.
+    pieces = zip(*(x[0].split([n * size for n, size in runs], dim=1) for x in (query, key, value)), strict=True)
+    attended = [
+        attend(*(x.unflatten(1, (size, n)).transpose(0, 1) for x in piece)).flatten(0, 1)
+        for (n, size), piece in zip(runs, pieces, strict=True)
+    ]
+    output = torch.cat(attended)[None]
+    return output if sequence_group is None else _SeqAllToAll.apply(sequence_group, output, 1, 2, 0), None
+
+
+# --- The layout for a model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    errors: dict[str, float]
+    """Layout -> largest difference of a log-probability from the sequence by itself; infinite where it raised."""
+    gradient_errors: dict[str, float]
+    """The same of the gradient in the input embeddings, relative to its norm by sequence."""
+    leaks: dict[str, float]
+    """Largest gradient of a sequence's log-probabilities in another's embeddings, relative to that in its own."""
+    raised: dict[str, str]
+    """Layout -> what the model raised in it."""
+    chosen: Layout
+    reason: str
+
+
+def choose_layout(
+    model: Any,
+    *,
+    packing: Literal["auto", "on", "off"] = "auto",
+    tolerance: float = 1e-3,
+    vocab_size: int | None = None,
+) -> LayoutReport:
+    """Try the layouts on `model`, fastest first, and settle on the first that gives what single sequences give.
+
+    The model is left as it was, but with segment attention if that is the choice. `tolerance` is of log-probabilities;
+    gradients, where rounding adds up over layers, may be off by ten times as much. No gradient at all may pass from
+    one sequence to another, which tells a small leak from rounding in any precision. Raises `ConfigError` if `packing`
+    is "on" and no packed layout is exact.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    longest = min(getattr(config, name, None) or 2**31 for name in ("max_position_embeddings", "max_seq_len"))
+    tokens = torch.tensor([t for t in range(vocab_size or config.vocab_size) if t != config.pad_token_id])
+    rows = [
+        tokens[torch.randint(len(tokens), (min(length, longest),), generator=generator)].tolist()
+        for length in (70, 37, 5, 101)
+    ]
+    weights = [torch.randn(len(row) - 1, generator=generator) for row in rows]
+    original = _implementations(model)
+    reports: dict[str, dict[str, Any]] = {"errors": {}, "gradient_errors": {}, "leaks": {}, "raised": {}}
+    layouts: tuple[Layout, ...] = ("padded",) if packing == "off" else (*PACKED, "padded")
+    with _frozen(model):
+        singles = [_trial(model, [row], "single", [weight]) for row, weight in zip(rows, weights, strict=True)]
+        for layout in layouts:
+            reports["errors"][layout] = reports["gradient_errors"][layout] = reports["leaks"][layout] = math.inf
+            try:
+                if layout in PACKED and getattr(config, "attention_chunk_size", None):
+                    raise NotImplementedError("chunks of attention are counted along the row")
+                if layout == "segments" and not use_segment_attention(model):
+                    raise NotImplementedError(f"attention is {config._attn_implementation}, or not to be switched")
+                trial = _trial(model, rows, layout, weights)
+            except Exception as error:  # whatever a model raises in a layout says that it does not work there
+                reports["raised"][layout] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+                continue
+            finally:
+                model.set_attn_implementation(original)
+            pairs = [(trial.logprobs[i], single.logprobs[0]) for i, single in enumerate(singles)]
+            reports["errors"][layout] = max(float((a - b).abs().max()) for a, b in pairs)
+            pairs = [(trial.gradients[i], single.gradients[0]) for i, single in enumerate(singles)]
+            reports["gradient_errors"][layout] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            reports["leaks"][layout] = trial.leak
+
+    def exact(layout: Layout) -> bool:
+        limits = {"errors": tolerance, "gradient_errors": 10 * tolerance, "leaks": 0.0}
+        return all(reports[name][layout] <= limit for name, limit in limits.items())
+
+    def finding(layout: Layout) -> str:
+        if layout in reports["raised"]:
+            return f"{layout}: {reports['raised'][layout]}"
+        error, gradient, leak = (reports[name][layout] for name in ("errors", "gradient_errors", "leaks"))
+        return f"{layout}: log-probabilities off by {error:.1e}, gradients by {gradient:.1e}, leak {leak:.1e}"
+
+    chosen: Layout = next((layout for layout in layouts if exact(layout)), "single")
+    reason = "; ".join(finding(layout) for layout in layouts[: (*layouts, "single").index(chosen) + 1])
+    if packing == "on" and chosen not in PACKED:
+        raise ConfigError(
+            f"learner.packing=on: this model keeps packed sequences apart in no layout ({reason}); use auto"
+        )
+    if chosen == "segments":
+        use_segment_attention(model)
+    return LayoutReport(**reports, chosen=chosen, reason=reason)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    logprobs: list[Tensor]
+    gradients: list[Tensor]
+    leak: float
+
+
+def _trial(model: Any, rows: list[list[int]], layout: Layout, weights: list[Tensor]) -> _Trial:
+    """Log-probabilities of `rows`, and the gradient of their weighted sum in the input embeddings, by row."""
+    device = next(model.parameters()).device
+    given = arrange(rows, layout, device)
+    leaves: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
+        leaves.append(embedded.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        logits = model(input_ids=given.input_ids, **given.kwargs).logits.flatten(0, 1)
+    finally:
+        hook.remove()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    spans = [slice(start, start + len(row)) for start, row in zip(given.starts, rows, strict=True)]
+    logprobs = []
+    for span, row in zip(spans, rows, strict=True):
+        targets = torch.tensor(row[1:], device=device)
+        logprobs.append(torch.log_softmax(logits[span][:-1], -1).gather(-1, targets[:, None])[:, 0])
+    sums = [weight.to(x) @ x for weight, x in zip(weights, logprobs, strict=True)]
+    # Every other sequence of the row: what then reaches those in between has leaked.
+    halves = [
+        torch.autograd.grad(torch.stack(sums[half::2]).sum(), leaves[0], retain_graph=True)[0].flatten(0, 1)
+        for half in range(min(2, len(rows)))
+    ]
+    own = [halves[i % 2][span] for i, span in enumerate(spans)]
+    others = [float(halves[1 - i % 2][span].abs().max()) for i, span in enumerate(spans)] if len(rows) > 1 else [0.0]
+    return _Trial([x.detach() for x in logprobs], own, max(others) / max(float(g.abs().max()) for g in own))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradients of parameters; afterwards everything is as before."""
+    training = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+
+
+def _implementations(model: Any) -> dict[str, str]:
+    """Attention implementation by sub-configuration, as `set_attn_implementation` takes it."""
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    return {"": model.config._attn_implementation} | {
+        k: c._attn_implementation for k, c in parts.items() if c and c._attn_implementation
+    }
