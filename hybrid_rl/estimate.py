@@ -23,16 +23,20 @@ class TrainingMemory:
     """fp32 copies of what is trained."""
     moments: int
     """Adam's two fp32 moments of what is trained."""
+    originals: int
+    """The base model's matrices in the places of the full ones, where a KL term needs the base policy."""
     payload: int
     """What a step's weight update sends."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.masters + self.moments
+        return self.weights + self.gradients + self.masters + self.moments + self.originals
 
 
-def training_memory(anatomy: Anatomy, trainable: int, dtype: str) -> TrainingMemory:
-    """Memory of training `trainable` parameters of the model, LoRA's own included."""
+def training_memory(anatomy: Anatomy, trainable: int, dtype: str, reference: int = 0) -> TrainingMemory:
+    """Memory of training `trainable` parameters of the model, LoRA's own included; `reference` of them are full ones
+    whose original is kept."""
     size = ITEM_SIZE[dtype]
     weights = sum(w.params for w in anatomy.weights)
-    return TrainingMemory(weights * size, trainable * FP32, trainable * FP32, 2 * trainable * FP32, trainable * size)
+    fp32 = trainable * FP32
+    return TrainingMemory(weights * size, fp32, fp32, 2 * fp32, reference * size, trainable * size)

@@ -194,10 +194,14 @@ def draft_tables(
         f"keeps {_gib(sketches)} of sketches ({sketches / size:.1%} of the model's bytes)"
     )
     parts = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "Adam moments"}
+    if config.algo.needs_reference:
+        parts["originals"] = "base policy for the KL"
     memory = Table("", "everything full", *plans)
     memory.title = f"Memory of training, all ranks together ({config.model.dtype})"
     trained = [whole, *(plan.totals["trainable_params"] for plan in plans.values())]
-    sides = [training_memory(anatomy, count, config.model.dtype) for count in trained]
+    full = [whole, *(plan.totals["full_params"] for plan in plans.values())]
+    kept = full if config.algo.needs_reference else [0] * len(full)
+    sides = [training_memory(anatomy, n, config.model.dtype, k) for n, k in zip(trained, kept, strict=True)]
     memory.add_row("trained parameters", *(f"{count:,}" for count in trained))
     for part, label in {**parts, "total": "total", "payload": "weight update"}.items():
         memory.add_row(label, *(_gib(getattr(side, part)) for side in sides))

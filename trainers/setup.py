@@ -5,6 +5,7 @@ All checks that need no worker are made before the first one starts, and raise `
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, RolloutPool
 from hybrid_rl.scoring import find_score
 from hybrid_rl.types import Prompt, Receipt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import verify_receipts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -293,5 +296,9 @@ def _start_learner(config: Config, cluster: Cluster) -> LearnerGroup:
         for rank in range(config.learner.world_size)
     ]
     learner = LearnerGroup(workers)
-    learner.connect(*cluster.endpoint(workers[0]))
+    found = learner.connect(*cluster.endpoint(workers[0]))
+    if found["layout"] not in ("segments", "positions") and config.learner.packing == "auto":
+        logger.warning("sequences are padded, not packed: %s", found["reason"])
+    if found["whole_logits"] is not None:
+        logger.warning("the logits of whole micro-batches are made, since %s", found["whole_logits"])
     return learner

@@ -71,6 +71,8 @@ class MicroBatch:
     rollout_logprobs_T: Tensor
     advantages_T: Tensor
     weights_T: Tensor
+    padding: int
+    """Positions of the input that hold no token."""
 
 
 def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.device | str = "cpu") -> MicroBatch:
@@ -96,4 +98,5 @@ def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.de
         rollout_logprobs_T=torch.tensor([p for s in sequences for p in s.rollout_logprobs], device=device),
         advantages_T=each_token([s.advantage for s in sequences]),
         weights_T=each_token([s.weight for s in sequences]),
+        padding=inputs.input_ids.numel() - sum(len(row) - 1 for row in rows),
     )

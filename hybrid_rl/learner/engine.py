@@ -128,7 +128,7 @@ class TrainingEngine:
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         offloads = self._config.learner.offload != "none"
-        return (DeepSpeedCPUAdam if offloads else FusedAdam)(groups, adamw_mode=True, **options)  # type: ignore[return-value]
+        return (DeepSpeedCPUAdam if offloads else FusedAdam)(groups, **options)  # type: ignore[return-value]
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         kept = self._optimizer.param_groups

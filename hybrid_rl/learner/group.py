@@ -16,8 +16,9 @@ class LearnerGroup:
     def __init__(self, workers: Sequence[WorkerHandle]) -> None:
         self._workers = list(workers)
 
-    def connect(self, address: str, port: int) -> None:
-        call_all(self._workers, "connect", address, port)
+    def connect(self, address: str, port: int) -> dict[str, Any]:
+        """Join the ranks and load the model. Returns how it will be computed: `layout` and why, `whole_logits`."""
+        return call_all(self._workers, "connect", address, port)[0]
 
     def begin_ranking(self, score: Score) -> None:
         call_all(self._workers, "begin_ranking", score)

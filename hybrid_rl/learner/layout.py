@@ -80,7 +80,20 @@ _SEGMENTS = "hybrid_rl_segments"
 _LENGTHS = WeakTensorKeyDictionary()  # of a cu_seq_lens: reading it in every layer would wait for the device
 # What reaches an attention function without meaning anything to it. All else is refused: `s_aux`, `softcap`, `indices`.
 _IDLE = frozenset(
-    ["position_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"]
+    [
+        "position_ids",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "seq_idx",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "num_items_in_batch",
+    ]
 )
 
 

@@ -16,7 +16,13 @@ ALWAYS = (
     *("policy/loss", "policy/entropy", "policy/clip_fraction", "policy/clip_fraction_low", "policy/clip_fraction_high"),
     *("policy/clip_fraction_first", "policy/ratio_p01", "policy/ratio_p50", "policy/ratio_p99", "policy/ratio_max"),
     *("policy/rollout_kl", "policy/rollout_kl_p99", "policy/rollout_logprob_diff", "policy/rollout_logprob_diff_max"),
-    *("tokens/trained", "tokens/dropped_mismatch", "tokens/dropped_off_policy", "faults/skipped_updates"),
+    *(
+        "tokens/trained",
+        "tokens/padding",
+        "tokens/dropped_mismatch",
+        "tokens/dropped_off_policy",
+        "faults/skipped_updates",
+    ),
     *("policy/updates", "grad_norm/full", "grad_norm/lora"),
 )
 """Metrics of every step, whatever the settings; 0 where nothing was trained."""
@@ -31,6 +37,7 @@ class Measures:
     def __init__(self, device: torch.device, *, counts: bool = True) -> None:
         """Only ranks that `counts` are heard."""
         self._device, self._counts = device, counts
+        self._diverges = False
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
         self._values: dict[str, list[Tensor]] = {"log_ratio": [], "rollout_kl": [], "rollout_diff": []}
 
@@ -52,12 +59,13 @@ class Measures:
         if first:
             self._add(first_tokens=logprobs_T.numel(), first_clipped=low + high)
         if result.kl_T is not None:
+            self._diverges = True
             self._add(kl=result.kl_T.detach().double().sum())
         self._keep("log_ratio", logprobs_T.detach() - old_T)
 
     def see_rollout(self, logprobs_T: Tensor, batch: MicroBatch) -> None:
         """How far the learner is from the engine at the weights that sampled, on the same tokens."""
-        self._add(tokens=logprobs_T.numel())
+        self._add(tokens=logprobs_T.numel(), padding=batch.padding)
         self._keep("rollout_diff", (logprobs_T - batch.rollout_logprobs_T).abs())
         # KL(rollout || learner): the tokens were sampled by the rollout engine.
         self._keep("rollout_kl", kl_T("k3", batch.rollout_logprobs_T, logprobs_T))
@@ -76,7 +84,7 @@ class Measures:
             "first_clipped",
             "kl",
         )
-        names = (*names, "tokens")
+        names = (*names, "tokens", "padding")
         together = torch.stack([self._sums[name] for name in names])
         torch.distributed.all_reduce(together)
         sums = dict(zip(names, together.tolist(), strict=True))
@@ -98,10 +106,11 @@ class Measures:
             "policy/rollout_logprob_diff": float(difference.mean()),
             "policy/rollout_logprob_diff_max": float(difference.max()),
             "tokens/trained": sums["tokens"],
+            "tokens/padding": sums["padding"],
             "tokens/dropped_mismatch": sums["mismatch"],
             "tokens/dropped_off_policy": sums["off_policy"],
         }
-        if "kl" in self._sums:
+        if self._diverges:
             metrics["policy/kl"] = sums["kl"] / passes
         return metrics
 

@@ -47,8 +47,11 @@ class LearnerWorker:
         self._rank = rank
         self._world_size = config.learner.world_size
 
-    def connect(self, address: str, port: int) -> None:
-        """Join the process group at `address:port` and load the base model."""
+    def connect(self, address: str, port: int) -> dict[str, Any]:
+        """Join the process group at `address:port`, load the base model and find out how it may be computed.
+
+        Returns the layout, why it is that one, and why whole logits are made, if they are.
+        """
         os.environ.update(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
@@ -81,7 +84,12 @@ class LearnerWorker:
         with self._autocast():
             cross_check(self._model, self._anatomy, self._config.plan.components)
         self._loss = find_loss(self._config.algo.loss)
-        report = choose_layout(self._model, packing=self._config.learner.packing)
+        halves = self._config.model.attention == "flash_attention_2"  # knows no fp32
+        with self._autocast() if halves else nullcontext():
+            report = choose_layout(
+                self._model, packing=self._config.learner.packing, tolerance=3e-2 if halves else 1e-3
+            )
+            self._read_policy()
         self._layout: Layout = report.chosen
         size = self._config.learner.sequence_parallel
         self._together = SequenceGroup(self._rank, self._world_size, size) if size > 1 else None
@@ -89,9 +97,7 @@ class LearnerWorker:
         """Whether what this rank sees is counted: ranks of a sequence group see the same."""
         if self._together is not None:
             self._together.check(self._model, self._layout)
-        self._policy = PolicyModel(
-            self._model, temperature=self._config.sampling.temperature, chunk_mib=self._config.learner.logits_mib
-        )
+        return {"layout": report.chosen, "reason": report.reason, "whole_logits": self._policy.whole_logits}
 
     def begin_ranking(self, score: Score) -> None:
         """Get ready to gather what `score` looks at. If that is a probe, the model carries its adapter from here on."""
@@ -119,6 +125,12 @@ class LearnerWorker:
             )
             assert self._scorer.adapted is not None
             self._adapted = self._scorer.adapted
+            self._read_policy()
+
+    def _read_policy(self) -> None:
+        """The model as log-probabilities; again whenever adapters were put on or taken off, maybe on its head."""
+        sampling, learner = self._config.sampling, self._config.learner
+        self._policy = PolicyModel(self._model, temperature=sampling.temperature, chunk_mib=learner.logits_mib)
 
     def _autocast(self) -> Any:
         """Compute in `model.dtype`: before DeepSpeed takes it over, the model is held in fp32."""
@@ -153,6 +165,8 @@ class LearnerWorker:
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         plan = AdaptationPlan.from_json(plan_json)
         self._adapted = apply_plan(self._model, plan)
+        with self._autocast():
+            self._read_policy()
         groups = parameter_groups(self._adapted, plan)
         sizes = {g.name: sum(p.numel() for p in g.parameters) for g in groups}
         rates = {"full": self._config.full.lr, "lora": self._config.lora_lr}

@@ -120,11 +120,17 @@ def test_norms_base_policy_and_guard(tiny_model: Path, stage: int, world: int, d
     on_ranks(world, _engine_checks, tree, hybrid_plan(tiny_model).to_json())
 
 
-def _after_three_steps(rank: int, port: int, trees: list[dict], plan: str) -> list[tuple[list[float], dict]]:
+def _after_three_steps(
+    rank: int, port: int, trees: list[dict], plan: str, backwards: bool = False
+) -> list[tuple[list[float], dict]]:
+    """`backwards`: in the last of the runs, the sequences of a mini-batch come in the reverse order."""
     results = []
     for tree in trees:
         worker = _worker(rank, port, tree, plan)
-        losses = [worker.train(_batch(tree, step)).metrics["policy/loss"] for step in range(3)]
+        batches = [_batch(tree, step) for step in range(3)]
+        if backwards and tree is trees[-1]:
+            batches = [replace(b, mini_batches=tuple(m[::-1] for m in b.mini_batches)) for b in batches]
+        losses = [worker.train(batch).metrics["policy/loss"] for batch in batches]
         update = worker.export(3)
         if rank == 0:
             full, lora = decode_update(update)
@@ -161,7 +167,7 @@ def test_micro_batches_packing_and_order_change_nothing(tiny_model: Path, algori
         tree("on", 50),
         tree("on", 50, gradient_checkpointing=True, logits_mib=1),
     ]
-    first, *others = on_ranks(1, _after_three_steps, trees, hybrid_plan(tiny_model).to_json())
+    first, *others = on_ranks(1, _after_three_steps, trees, hybrid_plan(tiny_model).to_json(), True)
     for tree_, (losses, tensors) in zip(trees[1:], others, strict=True):
         assert losses == pytest.approx(first[0], abs=1e-5), tree_
         for name, tensor in first[1].items():
