@@ -1,9 +1,8 @@
 """How the sequences of a micro-batch lie in a forward pass, and which layout a model at hand computes exactly.
 
 Packed, sequences follow one another in a single row and nothing is spent on padding; but a layer that does not keep
-them apart leaks one into the next without a word. Which layers do depends on the family, its kernels and the attention
-implementation, so nothing is concluded from names: `choose_layout` runs the model on a few sequences, packed and one at
-a time, and compares log-probabilities and gradients.
+them apart leaks one into the next without a word. Which layers do depends on family, kernels and attention
+implementation, so nothing goes by names: `choose_layout` runs the model on sequences packed and one at a time.
 
 No layout has an attention mask, nor a cache: with either, transformers does not look for sequences in `position_ids`.
 Tokens of a causal model never see padding on their right.
@@ -28,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hybrid_rl.settings import ConfigError
 
 Layout = Literal["segments", "positions", "padded", "single"]
+Packing = Literal["auto", "on", "off"]
 PACKED: tuple[Layout, ...] = ("segments", "positions")
 _ANY = 1  # token of a pass without sequences
 
@@ -51,8 +51,7 @@ def arrange(rows: Sequence[Sequence[int]], layout: Layout, device: torch.device 
         # Padding repeats a token of the sequence: the embedding of a token made for padding is zero, where the backward
         # pass of some families (Gemma 3n) is not finite.
         ids = torch.tensor([[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows] or [[_ANY]])
-        starts = tuple(i * ids.shape[1] for i in range(len(rows)))
-        return ModelInput(ids.to(device), {"use_cache": False}, starts)
+        return ModelInput(ids.to(device), {"use_cache": False}, tuple(range(0, len(rows) * ids.shape[1], ids.shape[1])))
     # Equal lengths side by side: our attention takes them in one call.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     ends = list(accumulate((lengths[i] for i in order), initial=0))
@@ -74,27 +73,11 @@ def arrange(rows: Sequence[Sequence[int]], layout: Layout, device: torch.device 
     return ModelInput(torch.tensor([flat], device=device), kwargs, tuple(starts[i] for i in range(len(rows))))
 
 
-# --- Attention over the sequences of a row, each by itself -------------------------------------------------------------
-
 _SEGMENTS = "hybrid_rl_segments"
 _LENGTHS = WeakTensorKeyDictionary()  # of a cu_seq_lens: reading it in every layer would wait for the device
 # What reaches an attention function without meaning anything to it. All else is refused: `s_aux`, `softcap`, `indices`.
-_IDLE = frozenset(
-    [
-        "position_ids",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "seq_idx",
-        "use_cache",
-        "cache_position",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "num_items_in_batch",
-    ]
-)
+_IDLE = {"position_ids", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "use_cache", "cache_position"}
+_IDLE |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"}
 
 
 def use_segment_attention(model: Any) -> bool:
@@ -105,9 +88,8 @@ def use_segment_attention(model: Any) -> bool:
     AttentionInterface.register(_SEGMENTS, _segment_attention)
     AttentionMaskInterface.register(_SEGMENTS, _segment_mask)
     text = model.config.get_text_config()
-    if text._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        return False
-    model.set_attn_implementation(_SEGMENTS)
+    if text._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        model.set_attn_implementation(_SEGMENTS)
     return text._attn_implementation == _SEGMENTS
 
 
@@ -141,7 +123,7 @@ def _segment_attention(
     refused = sorted(name for name, given in kwargs.items() if given is not None and name not in _IDLE)
     if refused:
         raise NotImplementedError(f"segment attention does not know {', '.join(refused)}")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if is_causal is False or not getattr(module, "is_causal", True):
         raise NotImplementedError("segment attention is causal")
     window = None if attention_mask is None else int(attention_mask)
     if sliding_window != window:
@@ -164,37 +146,31 @@ def _segment_attention(
     runs = [(length, len(list(equal))) for length, equal in groupby(lengths)]
     # One `split` of the row: its gradient is put together once, where slices would add up as many rows.
     pieces = zip(*(x[0].split([n * size for n, size in runs], dim=1) for x in (query, key, value)), strict=True)
-    attended = [
-        attend(*(x.unflatten(1, (size, n)).transpose(0, 1) for x in piece)).flatten(0, 1)
-        for (n, size), piece in zip(runs, pieces, strict=True)
+    rows = [
+        [x.unflatten(1, (-1, n)).transpose(0, 1) for x in piece] for (n, _), piece in zip(runs, pieces, strict=True)
     ]
-    output = torch.cat(attended)[None]
+    output = torch.cat([attend(*qkv).flatten(0, 1) for qkv in rows])[None]
     return output if sequence_group is None else _SeqAllToAll.apply(sequence_group, output, 1, 2, 0), None
-
-
-# --- The layout for a model --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayoutReport:
+    """By layout, how far it is from one sequence at a time with the model's own attention; infinite where it raised."""
+
     errors: dict[str, float]
-    """Layout -> largest difference of a log-probability from the sequence by itself; infinite where it raised."""
+    """Largest difference of a log-probability, in nats."""
     gradient_errors: dict[str, float]
-    """The same of the gradient in the input embeddings, relative to its norm by sequence."""
+    """Difference of the gradient in the input embeddings, relative to its norm; the worst sequence's."""
     leaks: dict[str, float]
     """Largest gradient of a sequence's log-probabilities in another's embeddings, relative to that in its own."""
     raised: dict[str, str]
-    """Layout -> what the model raised in it."""
+    """What the model raised."""
     chosen: Layout
     reason: str
 
 
 def choose_layout(
-    model: Any,
-    *,
-    packing: Literal["auto", "on", "off"] = "auto",
-    tolerance: float = 1e-3,
-    vocab_size: int | None = None,
+    model: Any, *, packing: Packing = "auto", tolerance: float = 1e-3, vocab_size: int | None = None
 ) -> LayoutReport:
     """Try the layouts on `model`, fastest first, and settle on the first that gives what single sequences give.
 
@@ -206,68 +182,56 @@ def choose_layout(
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     longest = min(getattr(config, name, None) or 2**31 for name in ("max_position_embeddings", "max_seq_len"))
-    tokens = torch.tensor([t for t in range(vocab_size or config.vocab_size) if t != config.pad_token_id])
-    rows = [
-        tokens[torch.randint(len(tokens), (min(length, longest),), generator=generator)].tolist()
-        for length in (70, 37, 5, 101)
-    ]
+    pad = getattr(config, "pad_token_id", None)
+    tokens = torch.tensor([t for t in range(vocab_size or config.vocab_size) if t != pad])
+    drawn = [torch.randint(len(tokens), (min(n, longest),), generator=generator) for n in (70, 37, 5, 101, 37)]
+    rows = [tokens[indices].tolist() for indices in drawn]
     weights = [torch.randn(len(row) - 1, generator=generator) for row in rows]
-    original = _implementations(model)
-    reports: dict[str, dict[str, Any]] = {"errors": {}, "gradient_errors": {}, "leaks": {}, "raised": {}}
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    original = {key: part._attn_implementation for key, part in parts.items() if part and part._attn_implementation}
+    original[""] = model.config._attn_implementation
     layouts: tuple[Layout, ...] = ("padded",) if packing == "off" else (*PACKED, "padded")
-    with _frozen(model):
+    errors, gradient_errors, leaks = ({str(layout): math.inf for layout in layouts} for _ in range(3))
+    raised: dict[str, str] = {}
+    with at_rest(model):
+        model.requires_grad_(False)
         singles = [_trial(model, [row], "single", [weight]) for row, weight in zip(rows, weights, strict=True)]
         for layout in layouts:
-            reports["errors"][layout] = reports["gradient_errors"][layout] = reports["leaks"][layout] = math.inf
             try:
                 if layout in PACKED and getattr(config, "attention_chunk_size", None):
                     raise NotImplementedError("chunks of attention are counted along the row")
                 if layout == "segments" and not use_segment_attention(model):
                     raise NotImplementedError(f"attention is {config._attn_implementation}, or not to be switched")
-                trial = _trial(model, rows, layout, weights)
+                logprobs, gradients, leak = _trial(model, rows, layout, weights)
             except Exception as error:  # whatever a model raises in a layout says that it does not work there
-                reports["raised"][layout] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                raised[layout] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 continue
             finally:
-                model.set_attn_implementation(original)
-            pairs = [(trial.logprobs[i], single.logprobs[0]) for i, single in enumerate(singles)]
-            reports["errors"][layout] = max(float((a - b).abs().max()) for a, b in pairs)
-            pairs = [(trial.gradients[i], single.gradients[0]) for i, single in enumerate(singles)]
-            reports["gradient_errors"][layout] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
-            reports["leaks"][layout] = trial.leak
-
-    def exact(layout: Layout) -> bool:
-        limits = {"errors": tolerance, "gradient_errors": 10 * tolerance, "leaks": 0.0}
-        return all(reports[name][layout] <= limit for name, limit in limits.items())
-
-    def finding(layout: Layout) -> str:
-        if layout in reports["raised"]:
-            return f"{layout}: {reports['raised'][layout]}"
-        error, gradient, leak = (reports[name][layout] for name in ("errors", "gradient_errors", "leaks"))
-        return f"{layout}: log-probabilities off by {error:.1e}, gradients by {gradient:.1e}, leak {leak:.1e}"
-
-    chosen: Layout = next((layout for layout in layouts if exact(layout)), "single")
-    reason = "; ".join(finding(layout) for layout in layouts[: (*layouts, "single").index(chosen) + 1])
+                if layout == "segments":
+                    model.set_attn_implementation(original)
+            leaks[layout] = leak
+            absolute = [(x - y[0]).abs().max() for x, (y, _, _) in zip(logprobs, singles, strict=True)]
+            relative = [(x - y[0]).norm() / y[0].norm() for x, (_, y, _) in zip(gradients, singles, strict=True)]
+            # Tensors' maximum is NaN if any is; Python's is not.
+            errors[layout], gradient_errors[layout] = (float(torch.stack(x).max()) for x in (absolute, relative))
+    chosen: Layout = "single"
+    reason = ""
+    for layout in layouts:
+        error, gradient_error, leak = errors[layout], gradient_errors[layout], leaks[layout]
+        numbers = f"log-probabilities off by {error:.1e}, gradients by {gradient_error:.1e}, leak {leak:.1e}"
+        reason += f"{'; ' if reason else ''}{layout}: {raised.get(layout, numbers)}"
+        if error <= tolerance and gradient_error <= 10 * tolerance and leak == 0:
+            chosen = layout
+            break
     if packing == "on" and chosen not in PACKED:
-        raise ConfigError(
-            f"learner.packing=on: this model keeps packed sequences apart in no layout ({reason}); use auto"
-        )
+        raise ConfigError(f"learner.packing=on: no packed layout keeps sequences of this model apart ({reason})")
     if chosen == "segments":
         use_segment_attention(model)
-    return LayoutReport(**reports, chosen=chosen, reason=reason)
+    return LayoutReport(errors, gradient_errors, leaks, raised, chosen, reason)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    logprobs: list[Tensor]
-    gradients: list[Tensor]
-    leak: float
-
-
-def _trial(model: Any, rows: list[list[int]], layout: Layout, weights: list[Tensor]) -> _Trial:
-    """Log-probabilities of `rows`, and the gradient of their weighted sum in the input embeddings, by row."""
+def _trial(model: Any, rows: list[list[int]], layout: Layout, weights: list[Tensor]) -> tuple[Any, Any, float]:
+    """By row, log-probabilities and the gradient of their weighted sum in the embeddings; the leak between rows."""
     device = next(model.parameters()).device
     given = arrange(rows, layout, device)
     leaves: list[Tensor] = []
@@ -283,10 +247,10 @@ def _trial(model: Any, rows: list[list[int]], layout: Layout, weights: list[Tens
         hook.remove()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     spans = [slice(start, start + len(row)) for start, row in zip(given.starts, rows, strict=True)]
-    logprobs = []
-    for span, row in zip(spans, rows, strict=True):
-        targets = torch.tensor(row[1:], device=device)
-        logprobs.append(torch.log_softmax(logits[span][:-1], -1).gather(-1, targets[:, None])[:, 0])
+    logprobs = [
+        torch.log_softmax(logits[span][:-1], -1).gather(-1, torch.tensor(row[1:], device=device)[:, None])[:, 0]
+        for span, row in zip(spans, rows, strict=True)
+    ]
     sums = [weight.to(x) @ x for weight, x in zip(weights, logprobs, strict=True)]
     # Every other sequence of the row: what then reaches those in between has leaked.
     halves = [
@@ -295,15 +259,15 @@ def _trial(model: Any, rows: list[list[int]], layout: Layout, weights: list[Tens
     ]
     own = [halves[i % 2][span] for i, span in enumerate(spans)]
     others = [float(halves[1 - i % 2][span].abs().max()) for i, span in enumerate(spans)] if len(rows) > 1 else [0.0]
-    return _Trial([x.detach() for x in logprobs], own, max(others) / max(float(g.abs().max()) for g in own))
+    return [x.detach() for x in logprobs], own, max(others) / max(float(g.abs().max()) for g in own)
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients of parameters; afterwards everything is as before."""
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, with gradients; afterwards modes, and what is trained, are as before."""
     training = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.eval()
     try:
         with torch.enable_grad():
             yield
@@ -312,11 +276,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for parameter, flag in trained.items():
             parameter.requires_grad_(flag)
-
-
-def _implementations(model: Any) -> dict[str, str]:
-    """Attention implementation by sub-configuration, as `set_attn_implementation` takes it."""
-    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    return {"": model.config._attn_implementation} | {
-        k: c._attn_implementation for k, c in parts.items() if c and c._attn_implementation
-    }

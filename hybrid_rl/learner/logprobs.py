@@ -6,16 +6,15 @@ all else. Here the head runs over chunks of the positions that are asked for, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hybrid_rl.learner.layout import at_rest
 
 Entropy = Literal[False, True, "grad"]
 
@@ -47,8 +46,7 @@ def read_head(model: Any) -> Head | str:
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Module):
         return "it has no output head"
-    device = next(model.parameters()).device
-    ids = torch.randint(2, 50, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(2, 50, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
     seen: list[Tensor] = []
 
     def ramp(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -56,31 +54,30 @@ def read_head(model: Any) -> Head | str:
         seen.extend((args[0].detach(), 1e-3 * torch.sinh(steps)))
         return seen[1].expand_as(output)
 
-    with _evaluating(model):
+    with at_rest(model):
         hook = module.register_forward_hook(ramp)
         try:
             bent = model(input_ids=ids, use_cache=False).logits
         finally:
             hook.remove()
         if not seen or bent.requires_grad:
-            return "its logits are not from the head, or not by constants"
+            return "its logits are not made from the head's by constants"
         x, y = seen[1], bent[0, 0].double()
         middle = len(x) // 2 + 1
-        scale = float(y[middle] / x[middle])
-        scale, cap = (1.0 if abs(scale - 1) < 1e-6 else scale), None
+        scale, cap = float(y[middle] / x[middle]), None
+        scale = 1.0 if abs(scale - 1) < 1e-6 else scale
         if not torch.allclose(y, scale * x, rtol=1e-5):
             cap = float(y[-1])
             if not torch.allclose(y, cap * torch.tanh(x * (scale / cap)), rtol=1e-5, atol=1e-6 * abs(cap)):
                 return "what it does to its logits is neither a scale nor a soft cap"
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
-            for decoder in (model.base_model, model.get_decoder()):
-                hidden = decoder(input_ids=ids, use_cache=False)[0]
-                if decoder is model or hidden.shape != seen[0].shape:
+            for decoder in (model.base_model, model.get_decoder(), getattr(model, "model", model)):
+                if decoder is model or (hidden := decoder(input_ids=ids, use_cache=False)[0]).shape != seen[0].shape:
                     continue
                 head = Head(decoder, module, logits.shape[-1], scale, cap)
-                own = head.finish(module(hidden))
-                if torch.allclose(own, logits.to(own), rtol=0, atol=8 * _eps(logits) * float(logits.abs().max())):
+                error = head.finish(module(hidden)) - logits
+                if error.abs().max() <= 8 * torch.finfo(logits.dtype).eps * logits.abs().max():
                     return head
     return "its decoder's output, through the head, does not give its logits"
 
@@ -92,7 +89,6 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         head = read_head(model)
-        self._head = head if isinstance(head, Head) else None
         self.whole_logits: str | None = None if isinstance(head, Head) else head
         """Why the logits of a whole micro-batch are made; `None` if they are not."""
         self._scale = 1 / temperature
@@ -112,15 +108,14 @@ class PolicyModel(nn.Module):
         entropy is empty unless asked for, and has a gradient if it is "grad". With no positions the results are empty,
         but a backward pass through them goes through every layer, as other ranks' does.
         """
-        count = len(at_T)
-        if count == 0:
+        if (count := len(at_T)) == 0:
             at_T = targets_T = at_T.new_zeros(1)
-        if self._head is None:
+        if self.whole_logits is not None:
             logits = self.model(input_ids=input_ids, **kwargs).logits.flatten(0, 1).index_select(0, at_T)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self._scale
             logprobs, entropies = _measure(logits, targets_T, entropy)
         else:
-            hidden = self._head.decoder(input_ids=input_ids, **kwargs)[0].flatten(0, 1).index_select(0, at_T)
+            hidden = self._chunks.head.decoder(input_ids=input_ids, **kwargs)[0].flatten(0, 1).index_select(0, at_T)
             logprobs, entropies = self._chunks(hidden, targets_T, entropy)
         return logprobs[:count], entropies[:count]
 
@@ -130,7 +125,7 @@ class _Chunks(nn.Module):
 
     def __init__(self, head: Head, scale: float, tokens: int) -> None:
         super().__init__()
-        self._parts = (head,)  # not as a submodule: its parameters are the model's
+        self.head = head  # a dataclass, not a submodule: its parameters are the model's
         self._scale = scale
         self._tokens = tokens
         for parameter in head.module.parameters():
@@ -138,10 +133,10 @@ class _Chunks(nn.Module):
 
     def forward(self, hidden_T: Tensor, targets_T: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
         count = -(-len(hidden_T) // self._tokens)
-        if dist.is_initialized() and any(True for _ in self._parts[0].module.children()):
-            # A head of several modules (LoRA) calls ZeRO-3's hooks in every chunk, and ranks must call them alike.
+        if list(self.head.module.children()) and any(hasattr(p, "ds_id") for p in self.head.module.parameters()):
+            # The modules of a LoRA head call ZeRO-3's hooks in every chunk; ranks must have as many of them.
             most = torch.tensor(count, device=hidden_T.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             count = int(most)
         pieces = zip(hidden_T.tensor_split(count), targets_T.tensor_split(count), strict=True)
         if count == 1 or not torch.is_grad_enabled():
@@ -153,9 +148,8 @@ class _Chunks(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _chunk(self, hidden: Tensor, targets: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
-        head = self._parts[0]
-        # Not through its hooks: ZeRO-3's would let go of the weights after each chunk.
-        return _measure(head.finish(head.module.forward(hidden), self._scale), targets, entropy)
+        # Past the head's hooks: ZeRO-3 has gathered the weights for this module, and ranks differ in their chunks.
+        return _measure(self.head.finish(self.head.module.forward(hidden), self._scale), targets, entropy)
 
 
 def _measure(logits: Tensor, targets: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor]:
@@ -167,19 +161,3 @@ def _measure(logits: Tensor, targets: Tensor, entropy: Entropy) -> tuple[Tensor,
         logits, total = logits.detach(), total.detach()
     # H = log Z - E[logit]
     return logprobs, total - torch.einsum("tv,tv->t", torch.softmax(logits, -1), logits)
-
-
-def _eps(x: Tensor) -> float:
-    return torch.finfo(x.dtype).eps
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

@@ -24,7 +24,7 @@ SCORES = ("update_tail_split", "adam_tail_split", "grad_tail_split", "grad_norm"
 FULL_LR, LORA_LR, MAX_NORM = 1e-4, 1e-3, 0.05  # a clip that binds, so that it is tested too
 
 
-def _tree(model: Path, stage: int, world: int, mini: int, epochs: int = 1) -> dict:
+def _tree(model: Path, stage: int, world: int, mini: int, epochs: int = 1, kl: float = 0.0) -> dict:
     return {
         "model": {"path": str(model)},
         "data": {"train": "arithmetic@train", "eval": "arithmetic@eval", "max_prompt_length": 16},
@@ -37,6 +37,7 @@ def _tree(model: Path, stage: int, world: int, mini: int, epochs: int = 1) -> di
             "epochs": epochs,
             "tokens_per_micro_batch": 40,
         },
+        "algo": {"kl_coef": kl},
         "full": {"lr": FULL_LR, "max_grad_norm": MAX_NORM},
         "lora": {"lr": LORA_LR, "rank": 4, "max_grad_norm": MAX_NORM},
         "learner": {"world_size": world, "zero_stage": stage},
@@ -75,10 +76,13 @@ def run_ranks(
     return metrics, {**full, **lora}, scores
 
 
-def reference(model: Path, plan: AdaptationPlan, mini: int, epochs: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference(
+    model: Path, plan: AdaptationPlan, mini: int, epochs: int, kl: float
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same five steps, one sequence at a time, in plain torch."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = apply_plan(network, plan)
     groups = [list(adapted.full.values()), adapted.lora_parameters]
     optimizer = torch.optim.AdamW(
@@ -87,9 +91,9 @@ def reference(model: Path, plan: AdaptationPlan, mini: int, epochs: int) -> tupl
         betas=(0.9, 0.95),
     )
 
-    def logprobs(s: TrainSequence) -> torch.Tensor:
+    def logprobs(s: TrainSequence, policy: torch.nn.Module = adapted.model) -> torch.Tensor:
         ids = torch.tensor([s.prompt_ids + s.completion_ids])
-        logits = adapted.model(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
+        logits = policy(input_ids=ids).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7
         return torch.log_softmax(logits, -1).gather(-1, torch.tensor(s.completion_ids)[:, None])[:, 0]
 
     losses = []
@@ -101,8 +105,11 @@ def reference(model: Path, plan: AdaptationPlan, mini: int, epochs: int) -> tupl
         for batch, old_batch in [*zip(batches, old, strict=True)] * epochs:
             terms = []
             for s, before in zip(batch, old_batch, strict=True):
-                ratio = (logprobs(s) - before).exp()
-                terms.append(-torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage).mean())
+                now = logprobs(s)
+                ratio = (now - before).exp()
+                gap = logprobs(s, base).detach() - now
+                clipped = torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)
+                terms.append((kl * (gap.exp() - gap - 1) - clipped).mean())
             loss = torch.stack(terms).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -119,23 +126,25 @@ def reference(model: Path, plan: AdaptationPlan, mini: int, epochs: int) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("stage", "world", "mini", "epochs"),
+    ("stage", "world", "mini", "epochs", "kl"),
     [
-        (2, 2, 1, 1),
-        (3, 2, 2, 2),
-        pytest.param(1, 1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(2, 1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(3, 1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, 1, 1, marks=pytest.mark.slow),
-        pytest.param(3, 2, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, 2, 1, marks=pytest.mark.slow),
-        pytest.param(2, 2, 2, 1, marks=pytest.mark.slow),
+        (2, 2, 1, 1, 0.0),
+        (3, 2, 2, 2, 5.0),
+        pytest.param(1, 1, 1, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(3, 1, 1, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(3, 2, 1, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, 1, 0.0, marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, 1, 0.0, marks=pytest.mark.slow),
     ],
 )
-def test_five_steps_equal_a_plain_torch_loop(tiny_model: Path, stage: int, world: int, mini: int, epochs: int):
+def test_five_steps_equal_a_plain_torch_loop(
+    tiny_model: Path, stage: int, world: int, mini: int, epochs: int, kl: float
+):
     plan = hybrid_plan(tiny_model)
-    losses, expected = reference(tiny_model, plan, mini, epochs)
-    metrics, trained, scores = run_ranks(_tree(tiny_model, stage, world, mini, epochs), plan)
+    losses, expected = reference(tiny_model, plan, mini, epochs, kl)
+    metrics, trained, scores = run_ranks(_tree(tiny_model, stage, world, mini, epochs, kl), plan)
     assert [m["policy/loss"] for m in metrics] == pytest.approx(losses, abs=1e-5)
     assert trained.keys() == expected.keys()
     for name, tensor in expected.items():
