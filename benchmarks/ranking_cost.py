@@ -31,9 +31,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.config import Config, parse_config
+from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.plan import build_plan, select_candidates
 from hybrid_rl.scoring import find_score, score_names, sketch_floats
-from hybrid_rl.types import TrainBatch, TrainSequence
+from hybrid_rl.types import TrainSequence
 
 SIZES = {"tiny": (128, 4, 512), "100M": (768, 12, 8192)}
 PROMPTS, SAMPLES = 64, 8
@@ -100,9 +101,9 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
             weight.requires_grad_(True)
         for _ in range(options.repeats):
             started = time.perf_counter()
-            for padded in worker._padded(data, 1, 0):
-                logprobs = worker._logprobs(worker._model, padded)
-                worker._policy_loss(logprobs, logprobs.detach(), padded, len(data)).loss.backward()
+            for indices in worker._indices(data):
+                share = len(indices) / len(data)
+                (worker._ranking_loss(worker._model, [data[i] for i in indices]) * share).backward()
             seconds.append(time.perf_counter() - started)
             worker._model.zero_grad(set_to_none=True)
     elif what == "hybrid training":
@@ -120,7 +121,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
         worker.build(plan.to_json())
         for _ in range(options.repeats):
             started = time.perf_counter()
-            worker.train(TrainBatch((tuple(data),), 1.0))
+            worker.train(mini_batches(data, config, {"full": 1.0, "lora": 1.0}))
             seconds.append(time.perf_counter() - started)
     else:
         for _ in range(1 + options.repeats if what == "update_tail_split_by_type" else 1):

@@ -206,7 +206,8 @@ class LearnerConfig(Settings):
     """Ranks that share each sequence, for long contexts (DeepSpeed-Ulysses). They divide the attention heads; each has
     `batch.tokens_per_micro_batch` of a row's tokens."""
     logits_mib: PositiveInt = 128
-    """Memory for the fp32 logits that exist at once. They are computed again in the backward pass."""
+    """Size of the fp32 logits that exist at once, of which some four copies are in use with their gradient and softmax.
+    They are computed again in the backward pass."""
     max_skipped_updates: PositiveInt = 10
     """Stop after so many updates in a row were skipped because a gradient was not finite."""
     peak_tflops: Positive | None = None

@@ -53,7 +53,9 @@ class TrainingEngine:
         self._max_norm = {part: settings[part].max_grad_norm for part in PARTS}
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=self._adam(settings), config=_deepspeed_config(config)
+            model=policy,
+            optimizer=self._adam(settings),
+            config=_deepspeed_config(config, sum(p.numel() for g in groups for p in g.parameters)),
         )
         self._check(settings)
         # What the base model holds in the places of the full matrices (LoRA's contribution is switched off instead).
@@ -228,12 +230,14 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _deepspeed_config(config: Config) -> dict[str, Any]:
+def _deepspeed_config(config: Config, trained: int) -> dict[str, Any]:
     learner = config.learner
     zero: dict[str, Any] = {
         "stage": learner.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": False,
+        # A buffer of this many elements is there in every backward pass; the default is 5e8, whatever is trained.
+        "reduce_bucket_size": min(trained, 200_000_000),
         "round_robin_gradients": False,
         "stage3_param_persistence_threshold": 0,
     }

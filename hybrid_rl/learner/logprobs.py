@@ -95,10 +95,6 @@ class PolicyModel(nn.Module):
         if isinstance(head, Head):
             self._chunks = _Chunks(head, self._scale, max(1, chunk_mib * 2**20 // (4 * head.vocab_size)))
 
-    @property
-    def lean(self) -> bool:
-        return self.whole_logits is None
-
     def forward(
         self, input_ids: Tensor, at_T: Tensor, targets_T: Tensor, entropy: Entropy = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

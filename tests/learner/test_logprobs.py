@@ -64,7 +64,7 @@ def test_it_equals_the_whole_logits(family: str):
     wanted = _gradients(model, weights[0] @ expected + weights[1] @ entropy)
     for tokens in (1, 3, 100):
         policy = PolicyModel(model, temperature=0.7, chunk_mib=1)
-        assert policy.lean, policy.whole_logits
+        assert policy.whole_logits is None
         policy._chunks._tokens = tokens
         logprobs, entropies = policy(ids, at, targets, "grad", use_cache=False)
         torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-10)
@@ -111,7 +111,7 @@ def test_an_unknown_treatment_of_logits_falls_back():
 
     model.forward = shifted
     policy = PolicyModel(model, temperature=1.0, chunk_mib=1)
-    assert not policy.lean
+    assert policy.whole_logits is not None
     assert "soft cap" in str(policy.whole_logits)
     ids, at, targets, _ = _batch()
     expected = model(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)[at].gather(-1, targets[:, None])[:, 0]
