@@ -32,6 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.config import Config, parse_config
 from hybrid_rl.learner.assemble import mini_batches
+from hybrid_rl.learner.batching import micro_batches
 from hybrid_rl.plan import build_plan, select_candidates
 from hybrid_rl.scoring import find_score, score_names, sketch_floats
 from hybrid_rl.types import TrainSequence
@@ -101,7 +102,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
             weight.requires_grad_(True)
         for _ in range(options.repeats):
             started = time.perf_counter()
-            for indices in worker._indices(data):
+            for indices in micro_batches([s.length for s in data], 1, options.tokens, worker._layout)[0]:
                 share = len(indices) / len(data)
                 (worker._ranking_loss(worker._model, [data[i] for i in indices]) * share).backward()
             seconds.append(time.perf_counter() - started)

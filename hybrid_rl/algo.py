@@ -56,8 +56,9 @@ class AlgoConfig(Settings):
     """Leave out sequences of negative advantage whose
     mean log(old / new probability) is above this. Off by default."""
     zero_variance: Literal["count", "drop", "resample"] = "count"
-    """Groups whose rewards are all equal teach nothing and are left out. `count`: they count in the means, as in the
-    papers; `drop`: the mean is over the rest; `resample`: like `drop`, and other prompts are drawn in their place."""
+    """Groups whose rewards are all equal have no advantage and are not computed, but for penalties, KL and entropy.
+    `count`: they count in the means, as in the papers; `drop`: they are left out, the mean is over the rest;
+    `resample`: like `drop`, and other prompts are drawn in their place."""
     resample_limit: Annotated[int, Field(ge=1)] = 3
     """Times that `zero_variance=resample` draws again for one step."""
     overlong_filter: bool = False
@@ -89,18 +90,34 @@ class AlgoConfig(Settings):
                 f"algo.mismatch={self.mismatch} corrects for what algo.old_logprobs=rollout puts into the ratio; "
                 "use one of them"
             )
-        if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
-            raise ValueError(f"algo.dual_clip={self.dual_clip} does nothing to algo.loss={self.loss}; drop one of them")
+        if self.advantage == "raw" and self.zero_variance != "count":
+            raise ValueError(
+                f"algo.zero_variance={self.zero_variance} drops groups of equal rewards, which algo.advantage=raw "
+                "learns from; use algo.zero_variance=count"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(f"algo.dual_clip={self.dual_clip} must be above 1 + algo.clip_high = {1 + self.clip_high}")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """Fields that do nothing, and what would make them act."""
+        acts = {
+            "algo.kl_coef above 0": (self.kl_coef > 0, ("kl_in", "kl_estimator")),
+            "algo.mismatch": (self.mismatch != "none", ("mismatch_level", "mismatch_min", "mismatch_max")),
+            "algo.zero_variance=resample": (self.zero_variance == "resample", ("resample_limit",)),
+            "algo.overlong_buffer": (self.overlong_buffer > 0, ("overlong_penalty",)),
+            "algo.loss=sapo": (self.loss == "sapo", ("sapo_temperature_positive", "sapo_temperature_negative")),
+            "another algo.loss than cispo or sapo": (self.loss not in ("cispo", "sapo"), ("clip_low", "dual_clip")),
+            "another algo.loss than sapo": (self.loss != "sapo", ("clip_high",)),
+        }
+        return {name: needed for needed, (acting, names) in acts.items() if not acting for name in names}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DeepSeekMath (arXiv 2402.03300) with the KL off, as reinforcement learning with verifiable rewards has it.
     "grpo": {},
     "grpo_deepseekmath": {"kl_coef": 0.04},  # arXiv 2402.03300, section 4.2
-    "grpo_r1": {"kl_coef": 0.001, "clip_high": 10.0},  # DeepSeek-R1; a clip of 10 never binds from below
+    "grpo_r1": {"kl_coef": 0.001, "clip_low": 1.0, "clip_high": 10.0},  # DeepSeek-R1; a clip of 10 never binds below
     # arXiv 2507.18071, section 5.1, where a rollout batch is split into 4 mini-batches (batch.mini_batches=4).
     "gspo": {"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
     "gspo_token": {"loss": "gspo_token", "clip_low": 3e-4, "clip_high": 4e-4},

@@ -397,6 +397,7 @@ class Config(Settings):
                 "drop one of them"
             )
         self._check_plan()
+        self._check_algo()
         if "{prompt}" not in self.data.template:
             raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
         longest = self.data.max_prompt_length + self.sampling.max_completion_length
@@ -410,6 +411,24 @@ class Config(Settings):
                 f"learner.sequence_parallel={self.learner.sequence_parallel} cuts packed rows; drop learner.packing=off"
             )
         return self
+
+    def _check_algo(self) -> None:
+        """Refuse settings that do nothing."""
+        preset = AlgoConfig(**PRESETS[self.algorithm])
+        for name, needed in self.algo.idle().items():
+            value = getattr(self.algo, name)
+            if value != getattr(preset, name):
+                raise ValueError(f"algo.{name}={value} does nothing without {needed}; drop it or set that")
+        limit = self.sampling.max_completion_length
+        if self.algo.overlong_buffer and round(self.algo.overlong_buffer * limit) == 0:
+            raise ValueError(
+                f"algo.overlong_buffer={self.algo.overlong_buffer} of sampling.max_completion_length={limit} is less "
+                "than a token; raise it"
+            )
+        if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
+            raise ValueError(
+                "model.attention=flash_attention_2 knows no model.dtype=float32; use bfloat16, or model.attention=sdpa"
+            )
 
     def _check_plan(self) -> None:
         """Refuse settings that another one would silently override."""

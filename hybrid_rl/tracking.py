@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -168,7 +169,8 @@ class MetricsLog:
             )
 
     def write(self, row: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._wandb is not None:

@@ -13,7 +13,7 @@ from hybrid_rl.plan import AdaptationPlan, select_candidates
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.scoring import Evidence, Score, ScoreContext, find_score
 from hybrid_rl.types import Prompt, TrainSequence
-from trainers.setup import Task, Workplace, check_engine, plan_from
+from trainers.setup import Task, Workplace, check_engine, plan_from, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def make_plan(
     if task.plan is not None:
         _say_unused(config, {"score_rank", "prompts", "probe"}, "plan.path")
         return task.plan
-    if config.adaptation != "hybrid" or not 0 < config.plan.budget.ratio < 1:
+    if not ranks(config):
         _say_unused(config, {"score_rank", "prompts", "probe"}, f"adaptation={config.adaptation}")
         return plan_from(task.anatomy, config, {}, {})
     score = find_score(config.plan.score)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid_rl.algorithms import find_advantage, find_loss
+from hybrid_rl.algorithms import rehearse
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
@@ -74,8 +74,9 @@ def check_task(config: Config) -> Task:
         raise ConfigError(
             f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
         )
-    find_loss(config.algo.loss)
-    find_advantage(config.algo.advantage)
+    rehearse(config.algo)
+    if config.algo.kl_coef and config.algo.kl_in == "loss" and config.algo.kl_estimator == "k1":
+        logger.warning("algo.kl_estimator=k1 in the loss has a gradient of mean 0; use k2 or k3, or algo.kl_in=reward")
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
     _check_weights(config)
@@ -114,6 +115,7 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
             f"model.path={config.model.path!r} is quantised, and what is quantised cannot be fully fine-tuned; use the "
             "unquantised model, or adaptation=lora"
         )
+    _check_sequence_parallel(config, model, anatomy)
     for each in [plan] if plan is not None else _drafts(anatomy, config):
         check_engine(config, each)
     return anatomy, plan
@@ -185,10 +187,14 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iter
         yield workplace
 
 
+def ranks(config: Config) -> bool:
+    """Whether the plan is made by a score."""
+    return config.adaptation == "hybrid" and config.plan.path is None and 0 < config.plan.budget.ratio < 1
+
+
 def probes(config: Config) -> bool:
     """Whether a plan is made from a probe, which syncs an adapter of its own."""
-    ranked = config.adaptation == "hybrid" and config.plan.path is None and 0 < config.plan.budget.ratio < 1
-    return ranked and find_score(config.plan.score).needs == "updates"
+    return ranks(config) and find_score(config.plan.score).needs == "updates"
 
 
 def _largest_rank(config: Config, plan: AdaptationPlan | None, anatomy: Anatomy) -> int:
@@ -257,6 +263,34 @@ def _check_length(config: Config, model: Any, prompts: list[Prompt]) -> None:
             f"the longest prompt plus sampling.max_completion_length={config.sampling.max_completion_length} is "
             f"{longest} tokens, the model has {positions} positions; lower that, or data.max_prompt_length="
             f"{config.data.max_prompt_length}"
+        )
+
+
+def _check_sequence_parallel(config: Config, model: Any, anatomy: Anatomy) -> None:
+    """Refuse what cannot be cut over ranks."""
+    size = config.learner.sequence_parallel
+    if size == 1:
+        return
+    setting = f"learner.sequence_parallel={size}"
+    other = next((name for name, kind in anatomy.mixers.items() if kind != "attention"), None)
+    if other is not None:
+        raise ConfigError(f"{setting}: {other} passes a state from token to token, which cannot be cut; use 1")
+    if config.model.attention != "sdpa":
+        raise ConfigError(f"{setting} works with model.attention=sdpa, not {config.model.attention}")
+    text = model.config.get_text_config()
+    heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    uneven = [n for n in heads if n is not None and n % size]
+    if uneven:
+        raise ConfigError(
+            f"{setting} does not divide the model's {uneven[0]} attention or key-value heads; use a divisor"
+        )
+    longest = config.data.max_prompt_length + config.sampling.max_completion_length
+    looks = ranks(config) and find_score(config.plan.score).needs in ("gradients", "updates")
+    if looks and longest > config.batch.tokens_per_micro_batch:
+        raise ConfigError(
+            f"plan.score={config.plan.score} looks at whole sequences on one rank, of up to {longest} tokens with "
+            f"batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch}; make the plan with `hybrid-rl rank` "
+            "on shorter completions and give plan.path"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
+from hybrid_rl.learner.assemble import groups_with_signal
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.tracking import RunDirectory, StepClock
 from hybrid_rl.types import ScoredGroup, TrainBatch, TrainSequence
@@ -48,7 +49,7 @@ def sample(config: Config, workplace: Workplace, prompts: PromptSource, clock: S
             scored = workplace.rewards.score(batch, completions)
         groups += scored.groups
         faults.update(scored.faults)
-        missing = config.batch.prompts - sum(_teaches(group) for group in groups)
+        missing = config.batch.prompts - sum(groups_with_signal(groups))
         if missing == 0:
             break
     divergences = None
@@ -58,15 +59,16 @@ def sample(config: Config, workplace: Workplace, prompts: PromptSource, clock: S
     return Rollouts(groups, divergences, faults, len(groups) - config.batch.prompts)
 
 
-def _teaches(group: ScoredGroup) -> bool:
-    rewards = [r for r in group.rewards_G if r is not None]
-    return len(rewards) > 1 and min(rewards) < max(rewards)
-
-
 def _divergences(workplace: Workplace, groups: list[ScoredGroup]) -> list[list[float]]:
-    sequences = [TrainSequence(g.prompt.token_ids, c.token_ids, c.logprobs, 0.0) for g in groups for c in g.completions]
+    """A completion without tokens does not diverge."""
+    sequences = [
+        TrainSequence(g.prompt.token_ids, c.token_ids, c.logprobs, 0.0)
+        for g in groups
+        for c in g.completions
+        if c.token_ids
+    ]
     values = iter(workplace.learner.divergences(workplace.cluster.share(sequences)))
-    return [[next(values) for _ in g.completions] for g in groups]
+    return [[next(values) if c.token_ids else 0.0 for c in g.completions] for g in groups]
 
 
 class SkipGuard:
@@ -86,7 +88,8 @@ class SkipGuard:
         logger.warning(
             "step %d: %d updates skipped, a gradient was not finite; the batch is in %s", step, skipped, path
         )
-        self._in_a_row = self._in_a_row + skipped if metrics["policy/updates"] == skipped else 0
+        last = int(metrics["faults/skipped_in_a_row"])
+        self._in_a_row = self._in_a_row + last if last == metrics["policy/updates"] else last
         if self._in_a_row >= self._limit:
             raise RuntimeError(
                 f"{self._in_a_row} updates in a row were skipped because a gradient was not finite "

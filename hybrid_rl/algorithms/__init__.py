@@ -21,7 +21,7 @@ from hybrid_rl.algorithms.advantages import (
 )
 from hybrid_rl.algorithms.losses import TokenLoss, find_loss, kl_T, register_loss
 from hybrid_rl.algorithms.mismatch import mismatch_weights, off_policy_mask
-from hybrid_rl.algorithms.objective import Objective, policy_objective
+from hybrid_rl.algorithms.objective import Objective, policy_objective, rehearse
 from hybrid_rl.algorithms.tokens import Tokens
 
 __all__ = [
@@ -38,5 +38,6 @@ __all__ = [
     "policy_objective",
     "register_advantage",
     "register_loss",
+    "rehearse",
     "token_weights",
 ]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.algorithms.registry import Registry
-from hybrid_rl.settings import ConfigError
 
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does."""
@@ -26,7 +25,7 @@ register_advantage = _ADVANTAGES.register
 
 
 def find_advantage(name: str) -> Advantage:
-    """The function that `algo.advantage` names. It raises `ConfigError` unless it returns finite numbers in the
+    """The function that `algo.advantage` names. It raises `ValueError` unless it returns finite numbers in the
     rewards' shape, and gives completions without a reward 0."""
     function = _ADVANTAGES.find(name)
 
@@ -34,8 +33,9 @@ def find_advantage(name: str) -> Advantage:
     def checked(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
         found = function(rewards_P_G, valid_P_G)
         if getattr(found, "shape", None) != rewards_P_G.shape or not found[valid_P_G].isfinite().all():
-            raise ConfigError(
-                f"algo.advantage={name} must return finite numbers of shape {list(rewards_P_G.shape)}, not {found}"
+            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"algo.advantage={name} must return finite numbers of shape {list(rewards_P_G.shape)}; it gave {what}"
             )
         return found.to(rewards_P_G.dtype).masked_fill(~valid_P_G, 0)
 
@@ -43,7 +43,7 @@ def find_advantage(name: str) -> Advantage:
 
 
 def has_signal(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
-    """Which groups teach anything: at least two rewards, not all equal. Returns booleans of shape [P]."""
+    """Which groups have at least two rewards, not all equal. Returns booleans of shape [P]."""
     low_P = rewards_P_G.masked_fill(~valid_P_G, torch.inf).amin(dim=1)
     high_P = rewards_P_G.masked_fill(~valid_P_G, -torch.inf).amax(dim=1)
     return high_P > low_P

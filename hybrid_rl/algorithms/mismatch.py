@@ -20,8 +20,8 @@ def mismatch_weights(tokens: Tokens, algo: AlgoConfig) -> tuple[Tensor, Tensor]:
     """
     if algo.mismatch == "none":
         return torch.ones_like(tokens.rollout_logprobs_T), torch.zeros_like(tokens.sequence_T, dtype=torch.bool)
-    learner_T = tokens.old_logprobs_T if tokens.learner_logprobs_T is None else tokens.learner_logprobs_T
-    log_ratio_T = (learner_T - tokens.rollout_logprobs_T).detach()
+    # `old_logprobs_T` are the learner's: `algo.old_logprobs=rollout` is refused with a correction.
+    log_ratio_T = (tokens.old_logprobs_T - tokens.rollout_logprobs_T).detach()
     if algo.mismatch_level == "sequence":
         log_ratio_T = tokens.spread_T(tokens.sum_N(log_ratio_T))
     elif algo.mismatch_level == "geometric":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hybrid_rl.algo import AlgoConfig
-from hybrid_rl.algorithms.losses import Loss, TokenLoss, kl_T
+from hybrid_rl.algorithms.advantages import find_advantage
+from hybrid_rl.algorithms.losses import Loss, TokenLoss, find_loss, kl_T
 from hybrid_rl.algorithms.mismatch import mismatch_weights, off_policy_mask
 from hybrid_rl.algorithms.tokens import Tokens
+from hybrid_rl.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,30 @@ def _token_loss(found: TokenLoss | Tensor, tokens: Tokens, algo: AlgoConfig) -> 
             f"algo.loss={algo.loss} must return one loss for each of {len(tokens.logprobs_T)} tokens, not {shape}"
         )
     return result
+
+
+def rehearse(algo: AlgoConfig) -> None:
+    """Find the named loss and advantage, and call them once. Raises `ConfigError` for what is not there or fails."""
+    loss, advantage = find_loss(algo.loss), find_advantage(algo.advantage)
+    numbers_T = torch.tensor([-1.0, -2.0, -0.5])
+    tokens = Tokens(
+        logprobs_T=numbers_T.clone().requires_grad_(),
+        old_logprobs_T=numbers_T,
+        rollout_logprobs_T=numbers_T,
+        advantages_T=torch.tensor([1.0, 1.0, -1.0]),
+        weights_T=torch.full((3,), 1 / 3),
+        sequence_T=torch.tensor([0, 0, 1]),
+        sequences=2,
+        reference_logprobs_T=numbers_T,
+        entropy_T=numbers_T.neg(),
+    )
+    rewards_P_G = torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 0.0]])
+    trials = {
+        f"algo.loss={algo.loss}": lambda: policy_objective(tokens, algo, loss).loss.backward(),
+        f"algo.advantage={algo.advantage}": lambda: advantage(rewards_P_G, rewards_P_G >= 0),
+    }
+    for setting, trial in trials.items():
+        try:
+            trial()
+        except Exception as error:  # a user's function may raise anything
+            raise ConfigError(f"{setting} fails on three tokens: {type(error).__name__}: {error}") from error

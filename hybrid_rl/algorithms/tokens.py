@@ -29,8 +29,6 @@ class Tokens:
     reference_logprobs_T: Tensor | None = None
     entropy_T: Tensor | None = None
     """Of the policy in training; carries a gradient where `algo.entropy_coef` is above 0."""
-    learner_logprobs_T: Tensor | None = None
-    """The learner's at the weights that sampled. None: `old_logprobs_T` are these."""
 
     def sum_N(self, x_T: Tensor) -> Tensor:
         """Sum over each sequence's tokens."""

@@ -151,6 +151,10 @@ class _RayPending:
             raise WorkerDied(f"{self._name}: {_cause(death)}") from None
         except _LOST as death:
             raise WorkerDied(f"{self._name}: {_cause(death)}") from None
+        except ray.exceptions.RayTaskError as failure:
+            if isinstance(failure.cause, ConfigError):  # for the user, who has no use for a worker's traceback
+                raise ConfigError(str(failure.cause)) from None
+            raise
 
     def ready(self, timeout: float) -> bool:
         done, _ = ray.wait([self._reference], timeout=timeout)

@@ -23,7 +23,7 @@ class Assembled:
     advantages: list[list[float]]
     """Of every completion of every group; 0 where it is not trained on."""
     zero_variance_groups: int
-    """Groups that teach nothing: all rewards are equal, or fewer than two have one."""
+    """Groups whose rewards are all equal before penalties, or of which fewer than two completions have one."""
     penalties: Mapping[str, float]
     """Mean taken from the rewards, by cause."""
     dropped_tokens: Mapping[str, int]
@@ -40,9 +40,8 @@ def assemble(
     algo, limit = config.algo, config.sampling.max_completion_length
     if not groups:
         return Assembled([], [], 0, {}, {})
-    rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
-    valid_P_G = ~rewards_P_G.isnan()
-    signal_P = has_signal(rewards_P_G.nan_to_num(0.0), valid_P_G).tolist()
+    rewards_P_G, valid_P_G = _rewards(groups)
+    signal_P = groups_with_signal(groups)
     penalties: dict[str, torch.Tensor] = {}
     if algo.overlong_buffer:
         lengths_P_G = torch.tensor([[len(c.token_ids) for c in g.completions] for g in groups])
@@ -52,7 +51,6 @@ def assemble(
         penalties["kl"] = algo.kl_coef * torch.tensor(divergences)
     for penalty_P_G in penalties.values():
         rewards_P_G = rewards_P_G - penalty_P_G
-    rewards_P_G = rewards_P_G.nan_to_num(0.0)
     advantages_P_G = find_advantage(algo.advantage)(rewards_P_G, valid_P_G).tolist()
 
     sequences: list[TrainSequence] = []
@@ -80,6 +78,17 @@ def assemble(
                 advantages_P_G[p][g] = 0.0
     means = {name: float(p[valid_P_G].mean()) if valid_P_G.any() else 0.0 for name, p in penalties.items()}
     return Assembled(sequences, advantages_P_G, signal_P.count(False), means, dropped)
+
+
+def groups_with_signal(groups: Sequence[ScoredGroup]) -> list[bool]:
+    """Which groups have at least two rewards, not all equal."""
+    return has_signal(*_rewards(groups)).tolist()
+
+
+def _rewards(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards [P, G], 0 where there is none, and where there is one."""
+    rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
+    return rewards_P_G.nan_to_num(0.0), ~rewards_P_G.isnan()
 
 
 def mini_batches(sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float]) -> TrainBatch:

@@ -6,6 +6,7 @@ gradient is the same for any number of ranks, any token budget, any layout and a
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,14 +48,14 @@ def _packed(order: Sequence[int], lengths: Sequence[int], ranks: int, tokens: in
     each = max(1, math.ceil(sum(lengths) / (ranks * tokens)))
     while True:
         bins: list[list[int]] = [[] for _ in range(each * ranks)]
-        filled = [0] * len(bins)
+        filled = [(0, b) for b in range(len(bins))]
         for i in order:
-            emptiest = min(range(len(bins)), key=filled.__getitem__)
+            load, emptiest = filled[0]
             bins[emptiest].append(i)
-            filled[emptiest] += lengths[i]
-        if max(filled) <= tokens or each >= len(lengths):
+            heapq.heapreplace(filled, (load + lengths[i], emptiest))
+        if max(filled)[0] <= tokens or each >= len(lengths):
             return [bins[rank::ranks] for rank in range(ranks)]
-        each += 1
+        each += 1 + each // 16
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class MicroBatch:
 
 def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.device | str = "cpu") -> MicroBatch:
     """Tensors of one micro-batch. An empty one is a row without completion tokens, so that collectives still happen."""
-    rows = [(*s.prompt_ids, *s.completion_ids) for s in sequences] or [(0, 0)]
     # Nothing is predicted from the last token.
-    inputs = arrange([row[:-1] for row in rows], layout, device)
+    rows = [(*s.prompt_ids, *s.completion_ids)[:-1] for s in sequences]
+    inputs = arrange(rows, layout, device)
     at: list[int] = []
     for start, s in zip(inputs.starts, sequences, strict=False):
         first = start + len(s.prompt_ids) - 1
@@ -98,5 +99,5 @@ def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.de
         rollout_logprobs_T=torch.tensor([p for s in sequences for p in s.rollout_logprobs], device=device),
         advantages_T=each_token([s.advantage for s in sequences]),
         weights_T=each_token([s.weight for s in sequences]),
-        padding=inputs.input_ids.numel() - sum(len(row) - 1 for row in rows),
+        padding=inputs.input_ids.numel() - sum(len(row) for row in rows),
     )

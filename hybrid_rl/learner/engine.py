@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,18 @@ class TrainingEngine:
         self._engine.backward(loss * self._config.learner.world_size, scale_wrt_gas=False)
 
     def step(self, scale: Mapping[str, float]) -> Update:
-        """Clip each part by its own norm, and update; `scale` is the factor of each part's learning rate."""
+        """Clip each part by its own norm, and update; `scale` is the factor of each part's learning rate.
+
+        Raises `RuntimeError` if DeepSpeed skipped an update that should be applied, or applied one that should not.
+        """
         grad_norms = self._norms(self._gradients())
         finite = all(math.isfinite(norm) for norm in grad_norms.values())
         if finite:
             self._clip(grad_norms)
+        else:  # also where only the norm is too large for fp32, which DeepSpeed judges differently by stage
+            for tensors in self._gradients():
+                for tensor in tensors:
+                    tensor.view(-1)[:1] = torch.inf
         for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = self._rates[parameters.part] * scale[parameters.part]
         self._engine.step()
@@ -105,16 +112,18 @@ class TrainingEngine:
                 for name in layer.scaling:
                     layer.set_scale(name, 1.0)
 
-    def gathered(self) -> Any:
+    def gathered(self) -> AbstractContextManager[Any]:
         """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
         if self._config.learner.zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
 
     def save(self, directory: str) -> None:
+        """Write this rank's share of the optimizer's state and of the trained weights."""
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
+        """Read back what `save` wrote. Raises `RuntimeError` if there is nothing."""
         path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")

@@ -37,7 +37,8 @@ class LearnerGroup:
         return call_all(self._workers, "train", batch)[0]
 
     def divergences(self, sequences: Any) -> list[float]:
-        """Each completion's divergence from the base policy, summed over its tokens."""
+        """Each completion's divergence from the base policy, summed over its tokens; of a list of `TrainSequence`, or a
+        reference to one."""
         return call_all(self._workers, "divergences", sequences)[0]
 
     def export(self, version: int) -> WeightUpdate:

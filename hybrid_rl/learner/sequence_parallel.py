@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hybrid_rl.learner.batching import MicroBatch
 from hybrid_rl.learner.layout import ModelInput
-from hybrid_rl.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,6 @@ class SequenceGroup:
         self.rank = rank % size
         self._group: Any = groups[rank // size]
 
-    def check(self, model: Any, layout: str) -> None:
-        """Refuse what cannot be cut."""
-        if layout != "segments":
-            raise ConfigError(
-                f"learner.sequence_parallel={self.size} needs sequences packed for our attention, but this model is "
-                f"trained in the layout {layout!r}; use learner.sequence_parallel=1"
-            )
-        config = model.config.get_text_config()
-        heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-        uneven = [n for n in heads if n is not None and n % self.size]
-        if uneven:
-            raise ConfigError(
-                f"learner.sequence_parallel={self.size} does not divide the model's {uneven[0]} attention heads; use a "
-                "divisor of its heads and key-value heads"
-            )
-
     def cut(self, batch: MicroBatch) -> Slice:
         """This rank's slice of a packed row, which is filled up to a multiple of the ranks by a sequence of its own."""
         ids, kwargs = batch.inputs.input_ids, dict(batch.inputs.kwargs)
@@ -70,7 +53,7 @@ class SequenceGroup:
             positions = torch.arange(fill, device=ids.device)[None]
             kwargs["position_ids"] = torch.cat([kwargs["position_ids"], positions], dim=1)
         kwargs["position_ids"] = kwargs["position_ids"][:, mine]
-        kwargs.pop("seq_idx", None)  # of layers that look across tokens and are not attention; none is in the model
+        kwargs.pop("seq_idx", None)  # of recurrent mixers, which are refused
         own_T = ((batch.at_T >= mine.start) & (batch.at_T < mine.stop)).nonzero()[:, 0]
         inputs = replace(batch.inputs, input_ids=ids[:, mine], kwargs={**kwargs, "sequence_group": self._group})
         return Slice(inputs, own_T, batch.at_T[own_T] - mine.start)

@@ -34,7 +34,6 @@ class Case:
     rollout: Rows
     reference: Rows
     entropy: Rows
-    learner: Rows | None
 
     def tokens(self, aggregation: str, dtype: torch.dtype = torch.float64) -> Tokens:
         lengths_N = torch.tensor([len(row) for row in self.logprobs])
@@ -50,7 +49,6 @@ class Case:
             sequences=len(lengths_N),
             reference_logprobs_T=flat(self.reference, dtype),
             entropy_T=flat(self.entropy, dtype).requires_grad_(),
-            learner_logprobs_T=None if self.learner is None else flat(self.learner, dtype),
         )
 
 
@@ -74,7 +72,6 @@ def random_case(rng: random.Random, sequences: int | None = None, longest: int =
         rollout=near(0.3),
         reference=near(0.5),
         entropy=[[3 * rng.random() for _ in row] for row in old],
-        learner=None if rng.random() < 0.5 else near(0.2),
     )
 
 
@@ -172,8 +169,7 @@ def _clipped(ratio: complex, advantage: float, algo: AlgoConfig, counts: Counts)
 def _mismatch(case: Case, i: int, t: int, algo: AlgoConfig, counts: Counts) -> float:
     if algo.mismatch == "none":
         return 1
-    learner = (case.learner or case.old)[i]
-    ratios = [math.exp(a - b) for a, b in zip(learner, case.rollout[i], strict=True)]
+    ratios = [math.exp(a - b) for a, b in zip(case.old[i], case.rollout[i], strict=True)]
     ratio = ratios[t] if algo.mismatch_level == "token" else math.prod(ratios)
     if algo.mismatch_level == "geometric":
         ratio **= 1 / len(ratios)

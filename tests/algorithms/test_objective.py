@@ -222,7 +222,7 @@ def test_weights_of_whole_numbers_are_in_single_precision_and_finite(aggregation
 
 
 def test_sums_and_means_of_sequences_without_tokens_are_zero():
-    case = naive.Case([1.0] * 3, *[[[], [-1.0, -2.0], []]] * 5, learner=None)
+    case = naive.Case([1.0] * 3, *[[[], [-1.0, -2.0], []]] * 5)
     tokens = case.tokens("token_mean")
     assert tokens.sum_N(tokens.old_logprobs_T).tolist() == [0, -3, 0]
     assert tokens.mean_N(tokens.old_logprobs_T).tolist() == [0, -1.5, 0]

@@ -16,7 +16,7 @@ from hybrid_rl.settings import ConfigError
 from tests.algorithms import naive
 
 FINDERS: list[tuple[str, Callable[[str], Any]]] = [("algo.loss", find_loss), ("algo.advantage", find_advantage)]
-CASE = naive.Case([1.0, -0.5], [[-1.0, -2.0], [-0.5]], *[[[-1.0, -2.0], [-0.5]]] * 4, learner=None)
+CASE = naive.Case([1.0, -0.5], [[-1.0, -2.0], [-0.5]], *[[[-1.0, -2.0], [-0.5]]] * 4)
 
 MODULE = """
 import torch
@@ -96,7 +96,7 @@ def test_an_advantage_of_ones_own_is_used_and_zero_where_there_is_no_reward(own_
 @pytest.mark.parametrize("function", ["too_narrow", "infinite"])
 def test_advantages_that_cannot_be_trained_with_are_refused(own_module: str, function: str):
     advantage = find_advantage(f"{own_module}:{function}")
-    with pytest.raises(ConfigError, match=rf"algo.advantage=my_functions:{function} must return finite .* \[1, 2\]"):
+    with pytest.raises(ValueError, match=rf"algo.advantage=my_functions:{function} must return finite .* \[1, 2\]"):
         advantage(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
 
 

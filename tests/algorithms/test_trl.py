@@ -7,7 +7,6 @@ import inspect
 import random
 import textwrap
 from collections import defaultdict
-from dataclasses import replace
 from functools import cache
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -70,7 +69,7 @@ def test_loss_and_gradient_are_those_of_trl(variant: str):
     for _ in range(150):
         algo = AlgoConfig(**({"clip_high": 0.2, "sapo_temperature_positive": 1.4} | ours))
         # TRL takes the mismatch from what it takes for old log-probabilities; ours may be told others.
-        case = replace(naive.random_case(rng, sequences=5), learner=None)
+        case = naive.random_case(rng, sequences=5)
         tokens = case.tokens(algo.aggregation)
         found = policy_objective(tokens, algo, find_loss(algo.loss))
         logprobs_N_T = _padded(case.logprobs).requires_grad_()

@@ -12,6 +12,7 @@ import torch
 
 from hybrid_rl.config import parse_config
 from hybrid_rl.learner.assemble import mini_batches
+from hybrid_rl.scoring import find_score
 from hybrid_rl.types import TrainBatch
 from hybrid_rl.weight_sync import decode_update
 from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
@@ -58,8 +59,8 @@ def _trained(worker: Any) -> dict[str, torch.Tensor]:
 def _engine_checks(rank: int, port: int, tree: dict, plan: str) -> None:
     """On one engine, one after another: starting one costs more than the checks."""
     worker = _worker(rank, port, tree, plan)
-    batch = worker._shard(random_sequences(7))[0]
-    base = worker._logprobs(batch)
+    batch = worker._update._shard(random_sequences(7))[0]
+    base = worker._update._logprobs(batch)
 
     # Norms: the reported update is the change of the weights, by component and by part.
     before = _trained(worker)
@@ -82,19 +83,26 @@ def _engine_checks(rank: int, port: int, tree: dict, plan: str) -> None:
         assert math.sqrt(sum(squares)) == pytest.approx(metrics[f"grad_norm/{part}"], rel=1e-6)
 
     # The base policy is what it was, also while the weights have moved, and leaves no trace.
-    trained = worker._logprobs(batch)
+    trained = worker._update._logprobs(batch)
     assert (trained - base).abs().max() > 1e-3
     with worker._engine.base_policy():
-        torch.testing.assert_close(worker._logprobs(batch), base, atol=1e-6, rtol=0)
-    torch.testing.assert_close(worker._logprobs(batch), trained, atol=0, rtol=0)
+        torch.testing.assert_close(worker._update._logprobs(batch), base, atol=1e-6, rtol=0)
+    torch.testing.assert_close(worker._update._logprobs(batch), trained, atol=0, rtol=0)
     assert all(torch.equal(t, after[name]) for name, t in _trained(worker).items())
 
-    # A gradient that is not finite skips the update, and only that one.
+    # A gradient that is not finite, or whose norm is not, skips the update, and only that one.
     good = _batch(tree, 1)
-    poisoned = replace(good.mini_batches[0][0], advantage=float("inf"))
-    skipped = worker.train(replace(good, mini_batches=((poisoned, *good.mini_batches[0][1:]),))).metrics
-    assert skipped["faults/skipped_updates"] == skipped["policy/updates"] == 1
-    assert all(torch.equal(t, after[name]) for name, t in _trained(worker).items())
+    for advantage in (float("inf"), 1e30):
+        poisoned = replace(good.mini_batches[0][0], advantage=advantage)
+        skipped = worker.train(replace(good, mini_batches=((poisoned, *good.mini_batches[0][1:]),))).metrics
+        assert skipped["faults/skipped_updates"] == skipped["policy/updates"] == 1
+        assert skipped["faults/skipped_in_a_row"] == 1
+        assert all(math.isfinite(v) for v in skipped.values()), "what was skipped is not in the means"
+        assert all(torch.equal(t, after[name]) for name, t in _trained(worker).items())
+    both = ((poisoned, *good.mini_batches[0][1:]), good.mini_batches[0])
+    metrics = worker.train(replace(good, mini_batches=both)).metrics
+    assert (metrics["faults/skipped_updates"], metrics["faults/skipped_in_a_row"]) == (1, 0)
+    assert all(math.isfinite(v) for v in metrics.values())
     metrics = worker.train(good).metrics
     assert metrics["faults/skipped_updates"] == 0
     assert all(math.isfinite(v) for v in metrics.values())
@@ -208,6 +216,27 @@ def test_offload_changes_nothing(tiny_model: Path, stage: int):
         assert losses == pytest.approx(first[0], abs=1e-6)
         for name, tensor in first[1].items():
             torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=0)
+
+
+def _scores(rank: int, port: int, trees: list[dict]) -> list[dict[str, float]]:
+    from hybrid_rl.learner.worker import LearnerWorker
+
+    results = []
+    for tree in trees:
+        worker = LearnerWorker(parse_config(tree), rank)
+        worker.connect("127.0.0.1", port)
+        worker.begin_ranking(find_score("grad_norm"))
+        worker.observe([random_sequences(1), random_sequences(2)], 0.0)
+        results.append(worker.finish_ranking()[0])
+    return results
+
+
+def test_ranking_does_not_depend_on_how_tight_the_run_clips(tiny_model: Path):
+    """GSPO's clip of 3e-4 would take the engine's rounding for a move of the policy."""
+    trees = [_tree(tiny_model, algorithm=name) for name in ("grpo", "gspo", "cispo")]
+    first, *others = on_ranks(1, _scores, trees)
+    assert any(first.values())
+    assert others == [first, first]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from hybrid_rl.algo import PRESETS
 from hybrid_rl.config import ConfigError, parse_config
 from hybrid_rl.tracking import read_metrics
+from tests.trainers.test_rank import saved
 from trainers.grpo import train
 from trainers.setup import check_task
 
@@ -26,6 +27,14 @@ def half(tokens, algo):
 
 def nothing(tokens, algo):
     return -tokens.advantages_T * tokens.logprobs_T * float("nan")
+
+
+def failing(tokens, algo):
+    raise KeyError("columns")
+
+
+def infinite(rewards, valid):
+    return rewards / 0
 '''
 LENGTH = "def score(completions, **columns):\n    return [float(len(c)) / 10 for c in completions]\n"
 
@@ -93,7 +102,9 @@ def test_an_update_that_is_not_finite_is_skipped_kept_and_after_some_fatal(inlin
     [
         ({"loss": "clipp"}, ["algo.loss='clipp'", "did you mean clip"]),
         ({"loss": "my_losses:missing"}, ["algo.loss='my_losses:missing'", "missing"]),
+        ({"loss": "my_losses:failing"}, ["algo.loss=my_losses:failing fails", "KeyError"]),
         ({"advantage": "group_normalized"}, ["algo.advantage='group_normalized'", "group_normalised"]),
+        ({"advantage": "my_losses:infinite"}, ["algo.advantage=my_losses:infinite", "finite"]),
     ],
 )
 def test_unknown_losses_and_advantages_are_refused_before_anything_starts(
@@ -102,3 +113,15 @@ def test_unknown_losses_and_advantages_are_refused_before_anything_starts(
     with pytest.raises(ConfigError) as error:
         check_task(parse_config({**inline, "algo": changes}))
     assert all(part in str(error.value) for part in parts)
+
+
+def test_sequence_parallelism_is_refused_where_it_cannot_be(inline: dict, tmp_path: Path):
+    ray = {"cluster": {"backend": "ray"}, "learner": {"world_size": 2, "sequence_parallel": 2}}
+    with pytest.raises(ConfigError, match=r"learner\.sequence_parallel=2 does not divide the model's 1 "):
+        check_task(parse_config({**inline, **ray}))
+    for family, said in (("falcon_h1", "passes a state from token to token"), ("qwen3", "looks at whole sequences")):
+        saved(family, tmp_path / family)
+        tree = {**inline, **ray, "model": {"path": str(tmp_path / family)}, "plan": {"score": "grad_norm"}}
+        tree["batch"] = {**inline["batch"], "tokens_per_micro_batch": 20}
+        with pytest.raises(ConfigError, match=said):
+            check_task(parse_config(tree))
