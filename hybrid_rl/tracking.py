@@ -168,13 +168,17 @@ class MetricsLog:
                 config=config.model_dump(mode="json"),
             )
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, float], histograms: Mapping[str, Sequence[float]] = {}) -> None:
+        """`histograms` go to wandb alone; the file has their quantiles among the metrics."""
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+            import wandb
+
+            drawn = {name: wandb.Histogram(list(values)) for name, values in histograms.items() if values}
+            self._wandb.log({k: v for k, v in row.items() if k != "step"} | drawn, step=int(row["step"]))
 
     def close(self) -> None:
         self._file.close()

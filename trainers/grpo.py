@@ -126,7 +126,7 @@ def _loop(
                 )
                 save_checkpoint(run.checkpoints, state, update, learner.save, keep_last=config.checkpoint.keep_last)
         row |= clock.row()
-        log.write(row)
+        log.write(row, {"policy/advantages": [a for group in data.advantages for a in group]})
         screen.show_step(row)
     return last_eval
 

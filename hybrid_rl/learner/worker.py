@@ -45,7 +45,6 @@ class LearnerWorker:
     def __init__(self, config: Config, rank: int) -> None:
         self._config = config
         self._rank = rank
-        self._world_size = config.learner.world_size
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the process group at `address:port`, load the base model and find out how it may be computed.
@@ -53,28 +52,52 @@ class LearnerWorker:
         Returns the layout, why it is that one, and why whole logits are made, if they are. Raises `ConfigError` if
         `learner` asks for a layout that the model has not.
         """
+        self._join(address, port)
+        self._load()
+        learner = self._config.learner
+        halves = self._config.model.attention == "flash_attention_2"  # knows no fp32
+        with self._autocast() if halves else nullcontext():
+            report = choose_layout(self._model, packing=learner.packing, tolerance=3e-2 if halves else 1e-3)
+        self._layout: Layout = report.chosen
+        self._read_policy()
+        size = learner.sequence_parallel
+        self._together = SequenceGroup(self._rank, learner.world_size, size) if size > 1 else None
+        if self._together is not None and self._layout != "segments":
+            raise ConfigError(
+                f"learner.sequence_parallel={size} needs sequences packed for our attention, but this model is trained "
+                f"in the layout {self._layout!r} ({report.reason}); use learner.sequence_parallel=1"
+            )
+        return {"layout": report.chosen, "reason": report.reason, "whole_logits": self._policy.whole_logits}
+
+    def _join(self, address: str, port: int) -> None:
+        """Start the process group, torch's and DeepSpeed's."""
+        ranks = self._config.learner.world_size
         os.environ.update(
             MASTER_ADDR=address,
             MASTER_PORT=str(port),
             RANK=str(self._rank),
-            WORLD_SIZE=str(self._world_size),
+            WORLD_SIZE=str(ranks),
             LOCAL_RANK="0" if torch.cuda.is_available() else str(self._rank),
-            LOCAL_SIZE="1" if torch.cuda.is_available() else str(self._world_size),
+            LOCAL_SIZE="1" if torch.cuda.is_available() else str(ranks),
         )
         # DeepSpeed would compile this CPU collective on first use, for over a minute; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if not torch.distributed.is_initialized():  # it is where vLLM shares this process
-            store = _rendezvous(address, port, self._rank, self._world_size)
-            torch.distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._world_size)
+            store = _rendezvous(address, port, self._rank, ranks)
+            torch.distributed.init_process_group(backend, store=store, rank=self._rank, world_size=ranks)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype = getattr(torch, self._config.model.dtype)
+
+    def _load(self) -> None:
+        """Load the base model and read its structure."""
+        settings = self._config.model
+        self._dtype = getattr(torch, settings.dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            self._config.model.path,
+            settings.path,
             dtype=torch.float32,  # for bf16, DeepSpeed casts, and keeps fp32 masters of what is trained
-            trust_remote_code=self._config.model.trust_remote_code,
-            attn_implementation=self._config.model.attention,
+            trust_remote_code=settings.trust_remote_code,
+            attn_implementation=settings.attention,
         )
         self._model = model.to(self._device)
         _switch_off_dropout(self._model)
@@ -84,21 +107,6 @@ class LearnerWorker:
             self._model.enable_input_require_grads()
         with self._autocast():
             cross_check(self._model, self._anatomy, self._config.plan.components)
-        halves = self._config.model.attention == "flash_attention_2"  # knows no fp32
-        with self._autocast() if halves else nullcontext():
-            report = choose_layout(
-                self._model, packing=self._config.learner.packing, tolerance=3e-2 if halves else 1e-3
-            )
-        self._read_policy()
-        self._layout: Layout = report.chosen
-        size = self._config.learner.sequence_parallel
-        self._together = SequenceGroup(self._rank, self._world_size, size) if size > 1 else None
-        if self._together is not None and self._layout != "segments":
-            raise ConfigError(
-                f"learner.sequence_parallel={size} needs sequences packed for our attention, but this model is trained "
-                f"in the layout {self._layout!r} ({report.reason}); use learner.sequence_parallel=1"
-            )
-        return {"layout": report.chosen, "reason": report.reason, "whole_logits": self._policy.whole_logits}
 
     def begin_ranking(self, score: Score) -> None:
         """Get ready to gather what `score` looks at. If that is a probe, the model carries its adapter from here on."""
@@ -114,7 +122,7 @@ class LearnerWorker:
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
             layout=self._layout,
             rank=self._rank,
-            world_size=self._world_size,
+            world_size=config.learner.world_size,
             all_reduce=deepspeed.comm.all_reduce,
         )
         if score.needs == "updates":
