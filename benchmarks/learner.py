@@ -93,7 +93,7 @@ def speed(
 
 
 def packing(console: Console, rounds: int, path: str) -> dict[str, Any]:
-    packed, padded = (settings(path, learner={"packing": choice}) for choice in ("on", "off"))
+    packed, padded = (settings(path, learner={"packing": choice}) for choice in ("always", "never"))
     sides = {
         "packed": (learner_side, (packed, False, False)),
         "padded, sorted by length": (learner_side, (padded, False, False)),

@@ -100,18 +100,24 @@ class AlgoConfig(Settings):
         return self
 
     def idle(self) -> dict[str, str]:
-        """Fields that do nothing, and what would make them act."""
-        acts = {
-            "algo.kl_coef above 0": (self.kl_coef > 0, ("kl_in", "kl_estimator")),
-            "algo.mismatch": (self.mismatch != "none", ("mismatch_level", "mismatch_min", "mismatch_max")),
-            "algo.zero_variance=resample": (self.zero_variance == "resample", ("resample_limit",)),
-            "algo.overlong_buffer": (self.overlong_buffer > 0, ("overlong_penalty",)),
-            "algo.loss=sapo": (self.loss == "sapo", ("sapo_temperature_positive", "sapo_temperature_negative")),
-            "another algo.loss than cispo or sapo": (self.loss not in ("cispo", "sapo"), ("clip_low", "dual_clip")),
-            "another algo.loss than sapo": (self.loss != "sapo", ("clip_high",)),
+        """Fields that do nothing, and the field beside which they don't."""
+        silent = {
+            "kl_coef": (self.kl_coef == 0, ("kl_in", "kl_estimator")),
+            "mismatch": (self.mismatch == "none", ("mismatch_level", "mismatch_min", "mismatch_max")),
+            "zero_variance": (self.zero_variance != "resample", ("resample_limit",)),
+            "overlong_buffer": (self.overlong_buffer == 0, ("overlong_penalty",)),
         }
-        return {name: needed for needed, (acting, names) in acts.items() if not acting for name in names}
+        names = {name: field for field, (idle, those) in silent.items() if idle for name in those}
+        return names | {name: "loss" for name in _IDLE_BESIDE.get(self.loss, ())}
 
+
+_SAPO = ("sapo_temperature_positive", "sapo_temperature_negative")
+_IDLE_BESIDE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("clip", "gspo", "gspo_token"), _SAPO),
+    "cispo": ("clip_low", "dual_clip", *_SAPO),
+    "sapo": ("clip_low", "clip_high", "dual_clip"),
+}
+"""Loss -> the fields that it does not look at. A loss of one's own may look at any."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DeepSeekMath (arXiv 2402.03300) with the KL off, as reinforcement learning with verifiable rewards has it.

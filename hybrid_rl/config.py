@@ -8,6 +8,7 @@ model, the data or the cluster are made by the rooms that own them, and raise th
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -199,9 +200,9 @@ class LearnerConfig(Settings):
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in CPU memory: the optimizer's state and masters, or (ZeRO-3) the weights too."""
-    packing: Literal["auto", "on", "off"] = "auto"
+    packing: Literal["auto", "always", "never"] = "auto"
     """Put sequences one after another without padding. `auto`: where a check at the start finds that they do not see
-    each other; `on`: refuse a model of which that is not so."""
+    each other; `always`: refuse a model of which that is not so."""
     sequence_parallel: PositiveInt = 1
     """Ranks that share each sequence, for long contexts (DeepSpeed-Ulysses). They divide the attention heads; each has
     `batch.tokens_per_micro_batch` of a row's tokens."""
@@ -406,19 +407,21 @@ class Config(Settings):
                 f"batch.tokens_per_micro_batch={self.batch.tokens_per_micro_batch} cannot hold one sequence of "
                 f"data.max_prompt_length + sampling.max_completion_length = {longest} tokens; raise it or shorten those"
             )
-        if self.learner.sequence_parallel > 1 and self.learner.packing == "off":
+        if self.learner.sequence_parallel > 1 and self.learner.packing == "never":
             raise ValueError(
-                f"learner.sequence_parallel={self.learner.sequence_parallel} cuts packed rows; drop learner.packing=off"
+                f"learner.sequence_parallel={self.learner.sequence_parallel} cuts packed rows; "
+                "drop learner.packing=never"
             )
         return self
 
     def _check_algo(self) -> None:
         """Refuse settings that do nothing."""
         preset = AlgoConfig(**PRESETS[self.algorithm])
-        for name, needed in self.algo.idle().items():
+        for name, other in self.algo.idle().items():
             value = getattr(self.algo, name)
             if value != getattr(preset, name):
-                raise ValueError(f"algo.{name}={value} does nothing without {needed}; drop it or set that")
+                beside = getattr(self.algo, other)
+                raise ValueError(f"algo.{name}={value} does nothing with algo.{other}={beside}; change one of them")
         limit = self.sampling.max_completion_length
         if self.algo.overlong_buffer and round(self.algo.overlong_buffer * limit) == 0:
             raise ValueError(
@@ -483,6 +486,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a mapping of settings, not a {type(tree).__name__}")
+    if any(override.partition("=")[0].strip() == "algorithm" for override in overrides):
+        _forget_preset(tree)
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
@@ -501,6 +506,15 @@ def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
 def setting_names() -> list[str]:
     """Every setting's dotted name, in order."""
     return list(_names(Config, ""))
+
+
+def _forget_preset(tree: dict[str, Any]) -> None:
+    """Drop what the file's `algo` has from its own preset: a run's resolved settings list every field, and with them
+    another `algorithm` would change nothing."""
+    algo, name = tree.get("algo"), str(tree.get("algorithm", "grpo"))
+    if isinstance(algo, dict) and name in PRESETS:
+        preset = AlgoConfig(**PRESETS[name])
+        tree["algo"] = {k: v for k, v in algo.items() if not hasattr(preset, k) or v != getattr(preset, k)}
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -529,12 +543,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
+_TRL_NAMES = {
+    "beta": "algo.kl_coef",
+    "epsilon": "algo.clip_low",
+    "epsilon_high": "algo.clip_high",
+    "delta": "algo.dual_clip",
+    "loss_type": "algorithm",
+    "num_iterations": "batch.epochs",
+    "off_policy_mask_threshold": "algo.off_policy_mask",
+}
+
+
 def _explain(detail: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         known = setting_names()
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        close = [_TRL_NAMES[leaf]] if (leaf := name.rpartition(".")[2]) in _TRL_NAMES else []
+        close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         if not close:  # the right name in the wrong section
             close = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -543,6 +569,12 @@ def _explain(detail: dict[str, Any]) -> str:
         return f"{name} is required and was not given"
     if not name:
         return message
+    if isinstance(detail["input"], dict) and detail["type"] == "value_error":  # of a section: it names its settings
+        return message if message.startswith(f"{name}.") else f"{name}.{message}"
+    if detail["type"] == "literal_error":
+        options = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        close = difflib.get_close_matches(str(detail["input"]).lower(), options, n=1)
+        message += f"; did you mean {close[0]}?" if close else ""
     return f"{name}={detail['input']!r}: {message[0].lower() + message[1:]}"
 
 

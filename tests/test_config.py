@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,15 @@ def test_a_preset_fills_in_what_algo_does_not_say():
     again = parse_config(config.model_dump(mode="json"))
     assert again == config
     assert parse(algorithm="dapo").algo.zero_variance == "resample"
+
+
+def test_another_algorithm_for_resolved_settings_is_another_algorithm(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(parse(algo={"entropy_coef": 0.01}).model_dump(mode="json")))
+    config = load_config(path, ["algorithm=gspo", "algo.clip_low=0.1"])
+    assert (config.algo.loss, config.algo.clip_low, config.algo.clip_high) == ("gspo", 0.1, 4e-4)
+    assert config.algo.entropy_coef == 0.01
+    assert load_config(path).algo.loss == "clip"
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -72,13 +82,15 @@ def test_presets_name_settings(name: str):
         ({"full": {"lr": float("inf")}}, ["full.lr=inf"]),
         ({"learner": {"adam_betas": [5, 5]}}, ["learner.adam_betas"]),
         ({"learner": {"offload": "all"}}, ["learner.offload=all", "learner.zero_stage=2"]),
-        ({"algorithm": "gspoo"}, ["algorithm='gspoo'", "gspo"]),
+        ({"algorithm": "gspoo"}, ["algorithm='gspoo'", "did you mean gspo?"]),
+        ({"algo": {"beta": 0.1}}, ["unknown setting algo.beta", "did you mean algo.kl_coef?"]),
+        ({"learner": {"packing": False}}, ["  - learner.packing=false", "truth value"]),
         ({"algo": {"loss": 3}}, ["algo.loss=3"]),
         ({"algo": {"mismatch": "mask", "old_logprobs": "rollout"}}, ["algo.mismatch=mask", "algo.old_logprobs"]),
         ({"algo": {"mismatch_min": 3.0}}, ["algo.mismatch_min=3.0", "algo.mismatch_max"]),
-        ({"algo": {"kl_estimator": "k2"}}, ["algo.kl_estimator=k2 does nothing", "algo.kl_coef"]),
-        ({"algo": {"loss": "sapo", "clip_high": 0.5}}, ["algo.clip_high=0.5 does nothing", "algo.loss"]),
-        ({"algorithm": "cispo", "algo": {"dual_clip": 9.0}}, ["algo.dual_clip=9.0 does nothing", "algo.loss"]),
+        ({"algo": {"kl_estimator": "k2"}}, ["algo.kl_estimator=k2 does nothing with algo.kl_coef=0.0"]),
+        ({"algo": {"loss": "sapo", "clip_high": 0.5}}, ["algo.clip_high=0.5 does nothing with algo.loss=sapo"]),
+        ({"algorithm": "cispo", "algo": {"dual_clip": 9.0}}, ["algo.dual_clip=9.0 does nothing with algo.loss=cispo"]),
         ({"algo": {"advantage": "raw", "zero_variance": "drop"}}, ["algo.zero_variance=drop", "algo.advantage=raw"]),
         ({"algo": {"overlong_buffer": 1e-4}}, ["algo.overlong_buffer=0.0001", "sampling.max_completion_length=256"]),
         ({"model": {"path": "m", "attention": "flash_attention_2"}}, ["model.attention", "model.dtype=float32"]),

@@ -77,6 +77,11 @@ def check_task(config: Config) -> Task:
     rehearse(config.algo)
     if config.algo.kl_coef and config.algo.kl_in == "loss" and config.algo.kl_estimator == "k1":
         logger.warning("algo.kl_estimator=k1 in the loss has a gradient of mean 0; use k2 or k3, or algo.kl_in=reward")
+    on_policy = config.batch.mini_batches == config.batch.epochs == 1 and config.algo.old_logprobs == "learner"
+    if on_policy and config.algo.loss.startswith("gspo"):
+        logger.warning(
+            "every update is on-policy, so that GSPO's clip does nothing; its paper has batch.mini_batches=4"
+        )
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
     _check_weights(config)
@@ -278,12 +283,9 @@ def _check_sequence_parallel(config: Config, model: Any, anatomy: Anatomy) -> No
     if config.model.attention != "sdpa":
         raise ConfigError(f"{setting} works with model.attention=sdpa, not {config.model.attention}")
     text = model.config.get_text_config()
-    heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-    uneven = [n for n in heads if n is not None and n % size]
-    if uneven:
-        raise ConfigError(
-            f"{setting} does not divide the model's {uneven[0]} attention or key-value heads; use a divisor"
-        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if (getattr(text, name, None) or size) % size:
+            raise ConfigError(f"{setting} does not divide the model's {name}={getattr(text, name)}")
     longest = config.data.max_prompt_length + config.sampling.max_completion_length
     looks = ranks(config) and find_score(config.plan.score).needs in ("gradients", "updates")
     if looks and longest > config.batch.tokens_per_micro_batch:

@@ -33,9 +33,10 @@ def find_advantage(name: str) -> Advantage:
     def checked(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
         found = function(rewards_P_G, valid_P_G)
         if getattr(found, "shape", None) != rewards_P_G.shape or not found[valid_P_G].isfinite().all():
-            what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            shape = getattr(found, "shape", None)
+            what = "some that are not" if shape == rewards_P_G.shape else f"{type(found).__name__} of shape {shape}"
             raise ValueError(
-                f"algo.advantage={name} must return finite numbers of shape {list(rewards_P_G.shape)}; it gave {what}"
+                f"algo.advantage={name} must return finite numbers of shape {list(rewards_P_G.shape)}, and gave {what}"
             )
         return found.to(rewards_P_G.dtype).masked_fill(~valid_P_G, 0)
 

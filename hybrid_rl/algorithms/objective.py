@@ -33,9 +33,14 @@ def policy_objective(tokens: Tokens, algo: AlgoConfig, loss: Loss) -> Objective:
 
     Summed over any split of a mini-batch's sequences it has the value and the gradient of the whole, as the weights are
     the mini-batch's. Correction and mask act on the policy's loss alone, as in TRL; the entropy's mean is the
-    aggregation's, where TRL's is always over tokens. Raises `ValueError` if the loss is not one number a token.
+    aggregation's, where TRL's is always over tokens. Raises `ValueError` if the loss is not one number a token,
+    `RuntimeError` if it raises.
     """
-    found = _token_loss(loss(tokens, algo), tokens, algo)
+    try:
+        found = loss(tokens, algo)
+    except Exception as error:  # a user's function may raise anything
+        raise RuntimeError(f"algo.loss={algo.loss} raised {type(error).__name__}: {error}") from error
+    found = _token_loss(found, tokens, algo)
     mismatch_T, dropped_T = mismatch_weights(tokens, algo)
     kept_T = off_policy_mask(tokens, algo)
     total_T = found.loss_T * mismatch_T * kept_T
@@ -69,25 +74,28 @@ def _token_loss(found: TokenLoss | Tensor, tokens: Tokens, algo: AlgoConfig) -> 
 def rehearse(algo: AlgoConfig) -> None:
     """Find the named loss and advantage, and call them once. Raises `ConfigError` for what is not there or fails."""
     loss, advantage = find_loss(algo.loss), find_advantage(algo.advantage)
-    numbers_T = torch.tensor([-1.0, -2.0, -0.5])
+    lengths = (12, 0, 3, 1)
+    count = sum(lengths)
+    numbers_T = -torch.linspace(0.1, 5, count)
     tokens = Tokens(
-        logprobs_T=numbers_T.clone().requires_grad_(),
+        logprobs_T=(0.9 * numbers_T).requires_grad_(),
         old_logprobs_T=numbers_T,
         rollout_logprobs_T=numbers_T,
-        advantages_T=torch.tensor([1.0, 1.0, -1.0]),
-        weights_T=torch.full((3,), 1 / 3),
-        sequence_T=torch.tensor([0, 0, 1]),
-        sequences=2,
+        advantages_T=torch.linspace(1, -1, count),
+        weights_T=torch.full((count,), 1 / count),
+        sequence_T=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        sequences=len(lengths),
         reference_logprobs_T=numbers_T,
-        entropy_T=numbers_T.neg(),
+        entropy_T=-numbers_T,
     )
     rewards_P_G = torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 0.0]])
+    valid_P_G = torch.tensor([[True, True, True], [True, True, False]])
     trials = {
         f"algo.loss={algo.loss}": lambda: policy_objective(tokens, algo, loss).loss.backward(),
-        f"algo.advantage={algo.advantage}": lambda: advantage(rewards_P_G, rewards_P_G >= 0),
+        f"algo.advantage={algo.advantage}": lambda: advantage(rewards_P_G, valid_P_G),
     }
     for setting, trial in trials.items():
         try:
             trial()
         except Exception as error:  # a user's function may raise anything
-            raise ConfigError(f"{setting} fails on three tokens: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{setting} fails when tried: {error}") from error

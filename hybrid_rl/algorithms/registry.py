@@ -54,6 +54,8 @@ class Registry(Generic[F]):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise ConfigError(f"{self.setting}={name!r} is unknown{hint} Use {', '.join(known)}, or module:function")
+        if module.endswith(".py"):
+            raise ConfigError(f"{self.setting}={name!r} names a file; write module:function, without .py")
         if "" not in sys.path:  # a console script does not look where it is run
             sys.path.insert(0, "")
         try:

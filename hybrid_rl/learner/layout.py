@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hybrid_rl.settings import ConfigError
 
 Layout = Literal["segments", "positions", "padded", "single"]
-Packing = Literal["auto", "on", "off"]
+Packing = Literal["auto", "always", "never"]
 PACKED: tuple[Layout, ...] = ("segments", "positions")
 _ANY = 1  # token of a pass without sequences
 
@@ -177,7 +177,7 @@ def choose_layout(
     The model is left as it was, but with segment attention if that is the choice. `tolerance` is of log-probabilities;
     gradients, where rounding adds up over layers, may be off by ten times as much. No gradient at all may pass from
     one sequence to another, which tells a small leak from rounding in any precision. Raises `ConfigError` if `packing`
-    is "on" and no packed layout is exact.
+    is "always" and no packed layout is exact.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +190,7 @@ def choose_layout(
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     original = {key: part._attn_implementation for key, part in parts.items() if part and part._attn_implementation}
     original[""] = model.config._attn_implementation
-    layouts: tuple[Layout, ...] = ("padded",) if packing == "off" else (*PACKED, "padded")
+    layouts: tuple[Layout, ...] = ("padded",) if packing == "never" else (*PACKED, "padded")
     errors, gradient_errors, leaks = ({str(layout): math.inf for layout in layouts} for _ in range(3))
     raised: dict[str, str] = {}
     with at_rest(model):
@@ -223,8 +223,8 @@ def choose_layout(
         if error <= tolerance and gradient_error <= 10 * tolerance and leak == 0:
             chosen = layout
             break
-    if packing == "on" and chosen not in PACKED:
-        raise ConfigError(f"learner.packing=on: no packed layout keeps sequences of this model apart ({reason})")
+    if packing == "always" and chosen not in PACKED:
+        raise ConfigError(f"learner.packing=always: no packed layout keeps sequences of this model apart ({reason})")
     if chosen == "segments":
         use_segment_attention(model)
     return LayoutReport(errors, gradient_errors, leaks, raised, chosen, reason)

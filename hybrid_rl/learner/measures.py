@@ -113,10 +113,10 @@ class Measures:
             "policy/rollout_kl_p99": _quantile(rollout_kl, 0.99),
             "policy/rollout_logprob_diff": float(difference.mean()),
             "policy/rollout_logprob_diff_max": _quantile(difference, 1.0),
-            "tokens/trained": sums["tokens"],
-            "tokens/padding": sums["padding"],
-            "tokens/dropped_mismatch": sums["mismatch"],
-            "tokens/dropped_off_policy": sums["off_policy"],
+            "tokens/trained": int(sums["tokens"]),
+            "tokens/padding": int(sums["padding"]),
+            "tokens/dropped_mismatch": int(sums["mismatch"]),
+            "tokens/dropped_off_policy": int(sums["off_policy"]),
         }
         if self._diverges:
             metrics["policy/kl"] = sums["kl"] / passes

@@ -169,11 +169,11 @@ def test_micro_batches_packing_and_order_change_nothing(tiny_model: Path, algori
         return _tree(tiny_model, **algorithm, batch=batch, learner={"packing": packing, **learner})
 
     trees = [
-        tree("off", 10_000),
-        tree("off", 33),
-        tree("on", 10_000),
-        tree("on", 50),
-        tree("on", 50, gradient_checkpointing=True, logits_mib=1),
+        tree("never", 10_000),
+        tree("never", 33),
+        tree("always", 10_000),
+        tree("always", 50),
+        tree("always", 50, gradient_checkpointing=True, logits_mib=1),
     ]
     first, *others = on_ranks(1, _after_three_steps, trees, hybrid_plan(tiny_model).to_json(), True)
     for tree_, (losses, tensors) in zip(trees[1:], others, strict=True):

@@ -68,8 +68,8 @@ def test_what_leaks_is_padded(family: str):
     report = choose_layout(model)
     assert report.chosen == "padded"
     assert model.config._attn_implementation == before
-    with pytest.raises(ConfigError, match=r"learner\.packing=on.*positions"):
-        choose_layout(model, packing="on")
+    with pytest.raises(ConfigError, match=r"learner\.packing=always.*positions"):
+        choose_layout(model, packing="always")
     assert model.config._attn_implementation == before
 
 
@@ -109,7 +109,7 @@ def test_the_model_and_the_global_generator_are_left_alone():
     model.lm_head.requires_grad_(False)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    report = choose_layout(model, packing="off")
+    report = choose_layout(model, packing="never")
     assert report.chosen == "padded"
     assert set(report.errors) == {"padded"}
     assert torch.equal(torch.get_rng_state(), state)

@@ -101,8 +101,9 @@ def test_an_update_that_is_not_finite_is_skipped_kept_and_after_some_fatal(inlin
     ("changes", "parts"),
     [
         ({"loss": "clipp"}, ["algo.loss='clipp'", "did you mean clip"]),
+        ({"loss": "my_losses.py:half"}, ["algo.loss='my_losses.py:half'", "without .py"]),
         ({"loss": "my_losses:missing"}, ["algo.loss='my_losses:missing'", "missing"]),
-        ({"loss": "my_losses:failing"}, ["algo.loss=my_losses:failing fails", "KeyError"]),
+        ({"loss": "my_losses:failing"}, ["algo.loss=my_losses:failing", "KeyError"]),
         ({"advantage": "group_normalized"}, ["algo.advantage='group_normalized'", "group_normalised"]),
         ({"advantage": "my_losses:infinite"}, ["algo.advantage=my_losses:infinite", "finite"]),
     ],
@@ -117,7 +118,9 @@ def test_unknown_losses_and_advantages_are_refused_before_anything_starts(
 
 def test_sequence_parallelism_is_refused_where_it_cannot_be(inline: dict, tmp_path: Path):
     ray = {"cluster": {"backend": "ray"}, "learner": {"world_size": 2, "sequence_parallel": 2}}
-    with pytest.raises(ConfigError, match=r"learner\.sequence_parallel=2 does not divide the model's 1 "):
+    with pytest.raises(
+        ConfigError, match=r"learner\.sequence_parallel=2 does not divide the model's num_key_value_heads=1"
+    ):
         check_task(parse_config({**inline, **ray}))
     for family, said in (("falcon_h1", "passes a state from token to token"), ("qwen3", "looks at whole sequences")):
         saved(family, tmp_path / family)
