@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hybrid_rl.learner.logprobs import Head, PolicyModel, read_head
 from tests.families import FAMILIES, VOCAB
+from tests.learner.processes import on_ranks
 
 CASES = {
     "qwen2": {},  # tied
@@ -179,30 +181,24 @@ def test_it_works_with_gradient_checkpointing():
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def process_group():
-    import os
-    import socket
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_partitions_the_policy(stage: int):
+    """One step of SGD moves every trained weight by its gradient, and the next pass sees the change."""
+    on_ranks(1, _partitions, stage)
 
-    import deepspeed
+
+def _partitions(rank: int, port: int, stage: int) -> None:
     import deepspeed.ops
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     os.environ["LOCAL_SIZE"] = "1"
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    yield
-    torch.distributed.destroy_process_group()
-    deepspeed.comm.cdb = None
+    for trained in ("all", "tied", "head", "lora head", "all but the head"):
+        _check_partitions(stage, trained)
 
 
-@pytest.mark.parametrize("trained", ["all", "tied", "head", "lora head", "all but the head"])
-@pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_partitions_the_policy(process_group: None, stage: int, trained: str):
-    """One step of SGD moves every trained weight by its gradient, and the next pass sees the change."""
+def _check_partitions(stage: int, trained: str) -> None:
     import deepspeed
 
     model = _model("qwen2" if trained == "tied" else "qwen3", {}).float().train()
@@ -267,5 +263,5 @@ def test_deepspeed_partitions_the_policy(process_group: None, stage: int, traine
         engine.backward(x, scale_wrt_gas=False)
 
     losses = passes(engine, engine.set_gradient_accumulation_boundary, backward, engine.step)
-    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses == pytest.approx(expected, abs=1e-5), trained
     assert expected[0] != pytest.approx(expected[3], abs=1e-3), "the step did something"
