@@ -164,12 +164,12 @@ def test_a_hand_edited_plan_trains_exactly_what_it_lists(tree: dict, tmp_path: P
     monkeypatch.setattr(LearnerWorker, "build", lambda self, text: (built.append(self), build(self, text))[1])
     run = train(parse_config({**tree, "plan": {"path": str(path)}}), name="edited")
     (worker,) = built
-    trained = {name: p for name, p in worker._engine.module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in worker._model.named_parameters() if p.requires_grad}
     expected = {names[full] + ".weight": 0} | {f"{names[low]}.lora_{f}.default.weight": 1 for f in "AB"}
     assert trained.keys() == expected.keys()
     for name, group in expected.items():
-        assert any(p is trained[name] for p in worker._optimizer.bit16_groups[group])
-    assert sum(len(group) for group in worker._optimizer.bit16_groups) == 3
+        assert any(p is trained[name] for p in worker._engine._optimizer.bit16_groups[group])
+    assert sum(len(group) for group in worker._engine._optimizer.bit16_groups) == 3
     assert AdaptationPlan.load(run.plan).hash == AdaptationPlan.load(path).hash
 
 
