@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybrid_rl.algorithms import Tokens
 from hybrid_rl.learner.layout import Layout, ModelInput, arrange
 from hybrid_rl.types import TrainSequence
 
@@ -74,6 +75,19 @@ class MicroBatch:
     weights_T: Tensor
     padding: int
     """Positions of the input that hold no token."""
+
+    def tokens(self, logprobs_T: Tensor, old_T: Tensor, **measured: Tensor | None) -> Tokens:
+        """What a loss sees, with the policy's and the old log-probabilities; `measured`: its optional fields."""
+        return Tokens(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=old_T,
+            rollout_logprobs_T=self.rollout_logprobs_T,
+            advantages_T=self.advantages_T,
+            weights_T=self.weights_T,
+            sequence_T=self.sequence_T,
+            sequences=self.sequences,
+            **measured,
+        )
 
 
 def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.device | str = "cpu") -> MicroBatch:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hybrid_rl.algorithms import Tokens, find_loss, kl_T, policy_objective
+from hybrid_rl.algorithms import find_loss, kl_T, policy_objective
 from hybrid_rl.config import Config
 from hybrid_rl.flops import Flops
 from hybrid_rl.learner.batching import MicroBatch, collate, micro_batches
@@ -109,17 +109,8 @@ class PolicyUpdate:
             old_T = passed[i] if olds is None else olds[i]
             if self._algo.old_logprobs == "rollout":
                 old_T = batch.rollout_logprobs_T
-            tokens = Tokens(
-                logprobs_T=logprobs_T,
-                old_logprobs_T=old_T,
-                rollout_logprobs_T=batch.rollout_logprobs_T,
-                advantages_T=batch.advantages_T,
-                weights_T=batch.weights_T,
-                sequence_T=batch.sequence_T,
-                sequences=batch.sequences,
-                reference_logprobs_T=None if references is None else references[i],
-                entropy_T=entropy_T,
-            )
+            reference_T = None if references is None else references[i]
+            tokens = batch.tokens(logprobs_T, old_T, reference_logprobs_T=reference_T, entropy_T=entropy_T)
             result = policy_objective(tokens, self._algo, self._loss)
             self._engine.backward(result.loss, last=i == len(shard) - 1)
             measures.see_objective(result, logprobs_T, old_T, entropy_T, first)

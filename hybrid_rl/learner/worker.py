@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan, parameter_groups
 from hybrid_rl.algo import AlgoConfig
-from hybrid_rl.algorithms import Tokens, find_loss, policy_objective
+from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.flops import count_flops, peak_tflops
@@ -165,15 +165,7 @@ class LearnerWorker:
         batch = collate(weighed, self._layout, self._device)
         with self._autocast():
             logprobs_T, _ = self._policy(batch.inputs.input_ids, batch.at_T, batch.targets_T, **batch.inputs.kwargs)
-        tokens = Tokens(
-            logprobs_T=logprobs_T,
-            old_logprobs_T=batch.rollout_logprobs_T,
-            rollout_logprobs_T=batch.rollout_logprobs_T,
-            advantages_T=batch.advantages_T,
-            weights_T=batch.weights_T,
-            sequence_T=batch.sequence_T,
-            sequences=batch.sequences,
-        )
+        tokens = batch.tokens(logprobs_T, batch.rollout_logprobs_T)
         return policy_objective(tokens, AlgoConfig(), find_loss("clip")).loss
 
     def build(self, plan_json: str) -> dict[str, Any]:
