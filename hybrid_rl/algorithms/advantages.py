@@ -13,7 +13,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from hybrid_rl.algorithms.registry import Registry
+from hybrid_rl.registry import Registry
 
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.algo import AlgoConfig
-from hybrid_rl.algorithms.registry import Registry
 from hybrid_rl.algorithms.tokens import Tokens
+from hybrid_rl.registry import Registry
 
 
 @dataclass(frozen=True)

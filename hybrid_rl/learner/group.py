@@ -29,8 +29,8 @@ class LearnerGroup:
     def finish_ranking(self) -> tuple[dict[str, float], set[str]]:
         return call_all(self._workers, "finish_ranking")[0]
 
-    def build(self, plan: AdaptationPlan) -> dict[str, Any]:
-        return call_all(self._workers, "build", plan.to_json())[0]
+    def build(self, plan: AdaptationPlan) -> None:
+        call_all(self._workers, "build", plan.to_json())
 
     def train(self, batch: Any) -> StepStats:
         """Train on a `TrainBatch`, or on a reference to one. Ranks work in step; seconds are rank 0's."""

@@ -168,8 +168,8 @@ class LearnerWorker:
         tokens = batch.tokens(logprobs_T, batch.rollout_logprobs_T)
         return policy_objective(tokens, AlgoConfig(), find_loss("clip")).loss
 
-    def build(self, plan_json: str) -> dict[str, Any]:
-        """Apply the plan and start DeepSpeed. Returns each optimizer group's parameters and learning rate.
+    def build(self, plan_json: str) -> None:
+        """Apply the plan and start DeepSpeed.
 
         Raises `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the way.
         """
@@ -178,8 +178,6 @@ class LearnerWorker:
         self._adapted = apply_plan(self._model, plan)
         self._read_policy()
         groups = parameter_groups(self._adapted, plan)
-        sizes = {g.name: sum(p.numel() for p in g.parameters) for g in groups}
-        rates = {"full": self._config.full.lr, "lora": self._config.lora_lr}
         before = self._digests()
         self._model.train()
         self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
@@ -197,7 +195,6 @@ class LearnerWorker:
             flops=count_flops(self._anatomy, plan, self._model.config),
             peak_tflops=self._config.learner.peak_tflops or peak_tflops(device, self._config.model.dtype),
         )
-        return {g.name: {"params": sizes[g.name], "lr": rates[g.part]} for g in groups}
 
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""

@@ -7,21 +7,17 @@ point group `hybrid_rl.scores`, or a function as `module:function`.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from importlib.metadata import entry_points
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor
 
 from hybrid_rl.components import Weight
 from hybrid_rl.config import ConfigError, PlanConfig
+from hybrid_rl.registry import Registry
 from hybrid_rl.scoring.view import View
 
 Needs = Literal["structure", "weights", "gradients", "updates"]
@@ -98,8 +94,8 @@ class Score:
         return scores
 
 
-_SCORES: dict[str, Score] = {}
-
+_SCORES: Registry[Score] = Registry("plan.score", "hybrid_rl.scores", ("modules", "context"))
+score_names = _SCORES.names
 
 _KINDS: dict[Needs, tuple[Kind, ...]] = {"gradients": ("gradient", "direction"), "updates": ("direction",)}
 
@@ -113,10 +109,9 @@ def register_score(
     """
 
     def register(function: ScoreFunction) -> ScoreFunction:
-        if name in _SCORES and _SCORES[name].function is not function:
-            raise ValueError(f"there is a score {name!r} already")
         found = _KINDS.get(needs, ()) if kinds is None else kinds
-        _SCORES[name] = function.score = Score(name, needs, function, found)  # type: ignore[attr-defined]
+        score = _SCORES.register(name)(Score(name, needs, function, found))
+        function.score = score  # type: ignore[attr-defined]
         return function
 
     return register
@@ -132,39 +127,13 @@ def per_module(function: Callable[[Evidence, ScoreContext], float]) -> ScoreFunc
     return of_all
 
 
-def score_names() -> list[str]:
-    """Every name that `plan.score` accepts, without the dotted ones."""
-    return [*_SCORES, *sorted(e.name for e in entry_points(group=ENTRY_POINTS) if e.name not in _SCORES)]
-
-
 def find_score(name: str) -> Score:
-    """The score called `name`. Raises `ConfigError` naming the nearest one if there is none."""
-    if name in _SCORES:
-        return _SCORES[name]
-    offered = {e.name: e.value for e in entry_points(group=ENTRY_POINTS)}
-    path = offered.get(name, name)
-    if ":" in path:
-        return _from_path(name, path)
-    close = difflib.get_close_matches(name, score_names(), n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"plan.score={name!r} is no score{hint} Use {', '.join(score_names())}, or module:function")
-
-
-def _from_path(name: str, path: str) -> Score:
-    module_name, _, attribute = path.partition(":")
-    if "" not in sys.path:  # a console script does not look where it is run
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"plan.score={name!r} cannot be loaded: {error}") from None
-    registered = getattr(function, "score", None)
+    """The score called `name`; a function that was not registered is one of gradients. Raises `ConfigError` naming the
+    nearest one if there is none."""
+    found = _SCORES.look_up(name)
+    if isinstance(found, Score):
+        return found
+    registered = getattr(found, "score", None)
     if isinstance(registered, Score):
         return replace(registered, name=name)
-    takes_two = callable(function) and len(inspect.signature(inspect.unwrap(function)).parameters) == 2
-    if not takes_two:
-        raise ConfigError(
-            f"plan.score={name!r} is not a score: {path} must be a function (modules, context) -> list of numbers, "
-            "or (module, context) -> number under @per_module"
-        )
-    return Score(name, "gradients", cast(ScoreFunction, function), _KINDS["gradients"])
+    return Score(name, "gradients", _SCORES.check(name, found), _KINDS["gradients"])

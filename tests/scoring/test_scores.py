@@ -188,8 +188,8 @@ def test_a_score_of_ones_own(monkeypatch: pytest.MonkeyPatch):
         ("update_tail_splitt", "did you mean update_tail_split"),
         ("my_scores:absent", "cannot be loaded"),
         ("no_such_module:f", "cannot be loaded"),
-        ("my_scores:number", "is not a score"),
-        ("my_scores:one", "is not a score"),
+        ("my_scores:number", r"is no function of \(modules, context\)"),
+        ("my_scores:one", r"is no function of \(modules, context\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             find_score(wrong)
