@@ -379,7 +379,8 @@ def _knapsack(
     total: float,
     caps: Mapping[str, float],
 ) -> set[str]:
-    """The set of largest summed value within the budget and the caps: an integer program, solved exactly (HiGHS)."""
+    """The set of largest summed value within the budget and the caps: an integer program, solved (HiGHS) to within a
+    millionth of the largest value."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
