@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from hybrid_rl.config import Config, parse_config
+from hybrid_rl.config import Config
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.types import TrainSequence
 
 logging.disable_progress_bar()
@@ -124,11 +125,11 @@ def settings(path: str, **changes: Any) -> Config:
 
 
 def start_worker(config: Config) -> Any:
-    from hybrid_rl.cluster.inline import free_port
+    from hybrid_rl.cluster.inline import Memory, free_port
     from hybrid_rl.learner.worker import LearnerWorker
     from hybrid_rl.plan import build_plan, select_candidates
 
-    worker = LearnerWorker(config, 0)
+    worker = LearnerWorker(config, 0, Memory())
     worker.connect("127.0.0.1", free_port())
     scores = {c.name: random.Random(c.name).random() for c in select_candidates(worker._anatomy, config.plan)}
     ratio = {"full": 1.0, "lora": 0.0, "hybrid": config.plan.budget.ratio}[config.adaptation]

@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hybrid_rl.cluster.inline import free_port
-from hybrid_rl.config import Config, parse_config
+from hybrid_rl.cluster.inline import Memory, free_port
+from hybrid_rl.config import Config
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.learner.batching import micro_batches
 from hybrid_rl.plan import build_plan, select_candidates
@@ -89,7 +90,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
 
     torch.set_num_threads(1)
     config = settings(path, options.tokens, options.length)
-    worker = LearnerWorker(config, 0)
+    worker = LearnerWorker(config, 0, Memory())
     worker.connect("127.0.0.1", free_port())
     data = sequences(0, PROMPTS * SAMPLES, vocabulary, options.length)
     halves = [data[0::2], data[1::2]]

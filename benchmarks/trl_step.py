@@ -34,7 +34,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_rl.config import Config, ConfigError, load_config
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.config_file import load_config
 from hybrid_rl.tracking import STEP_PARTS, read_metrics
 
 CONFIG = "configs/quickstart.yaml"

@@ -9,7 +9,7 @@ _PUBLIC = {
     "AdaptationPlan": "hybrid_rl.plan",
     "Config": "hybrid_rl.config",
     "apply_plan": "hybrid_rl.adaptation",
-    "load_config": "hybrid_rl.config",
+    "load_config": "hybrid_rl.config_file",
     "rank_modules": "trainers.rank",
     "register_advantage": "hybrid_rl.algorithms",
     "register_loss": "hybrid_rl.algorithms",

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hybrid_rl.files import sync_path, sync_tree
-from hybrid_rl.types import WeightUpdate
+from hybrid_rl.weight_sync import WEIGHTS
 
 LEARNER = "learner"
-WEIGHTS = "weights.safetensors"
 STATE = "state.json"
 
 
@@ -37,10 +36,11 @@ class TrainerState:
     """The step's metrics, in case the process is killed before they are logged."""
 
 
-def save_checkpoint(
-    root: Path, state: TrainerState, update: WeightUpdate, save_learner: Callable[[str], None], *, keep_last: int
-) -> Path:
-    """Write the checkpoint of `state.step` under `root` and delete all but the last `keep_last`."""
+def save_checkpoint(root: Path, state: TrainerState, save_learner: Callable[[str], None], *, keep_last: int) -> Path:
+    """Write the checkpoint of `state.step` under `root` and delete all but the last `keep_last`.
+
+    `save_learner` makes the directory that it is given, and writes the learner's shards and `WEIGHTS` into it.
+    """
     root.mkdir(parents=True, exist_ok=True)
     root = root.resolve()  # the ranks may have started in another directory
     for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
@@ -55,7 +55,7 @@ def save_checkpoint(
             f"{shards} of {state.world_size} learner ranks wrote their optimizer state under {aside}; all ranks and "
             "the driver must see the run directory: put run.dir on a shared file system"
         )
-    (aside / WEIGHTS).write_bytes(update.tensors)
+    (aside / LEARNER / WEIGHTS).rename(aside / WEIGHTS)
     (aside / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
     sync_tree(aside)
     if final.exists():  # a resumed run repeats a step that was saved already

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_rl.config import Config, ConfigError, load_config
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.config_file import load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank.add_argument(
         "--dry-run", action="store_true", help="candidates, budget and memory from the model's shape; reads no weights"
     )
+    doctor = commands.add_parser("doctor", help="check parts of a run on their own")
+    checks = doctor.add_subparsers(dest="check", required=True, metavar="CHECK")
+    _command(checks, "sync", "send weights to engines and compare what these compute with the learner", _doctor_sync)
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments only in one run; settings may also follow an option.
@@ -85,6 +89,14 @@ def _rank(config: Config, options: argparse.Namespace) -> int:
     plot, compare = (Path(path) if path else None for path in (options.plot, options.compare))
     rank_command(config, console, out=Path(options.out), plot=plot, compare=compare)
     return 0
+
+
+def _doctor_sync(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.doctor import doctor_sync
+
+    return 0 if doctor_sync(config, Console(soft_wrap=True)) else 1
 
 
 def _warm_start(config: Config, options: argparse.Namespace) -> int:

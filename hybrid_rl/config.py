@@ -7,20 +7,14 @@ model, the data or the cluster are made by the rooms that own them, and raise th
 
 from __future__ import annotations
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hybrid_rl.algo import PRESETS, AlgoConfig
 from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
-from hybrid_rl.settings import ConfigError, NotNegative, Positive, Probability, Settings
+from hybrid_rl.settings import ConfigError as ConfigError
+from hybrid_rl.settings import NotNegative, Positive, Probability, Settings
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -80,6 +74,9 @@ class SamplingConfig(Settings):
     """Most tokens a completion."""
     stop: list[str] = []
     """Strings that end a completion."""
+    max_seconds: Positive | None = None
+    """Longest that a prompt's completions may take once an engine has taken them on; what is unfinished is cut there
+    (finish reason `time`). No limit by default."""
 
 
 class BudgetConfig(Settings):
@@ -232,19 +229,69 @@ class RolloutConfig(Settings):
     """Share of a GPU's memory that one engine takes (vLLM on GPU)."""
     cpu_kv_cache_gib: PositiveInt = 1
     """Memory for one engine's key-value cache (vLLM on CPU)."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs (on CPU: processes) that one engine is cut over."""
+    environment: str | None = None
+    """What answers the policy between its turns, as `module:function` or `path/to/file.py:function`; see
+    docs/environments.md. By default a completion is one turn."""
+    max_turns: PositiveInt = 8
+    """Most turns of the policy with an environment."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Times that dead engines are replaced before the run fails."""
-    timeout: Positive = 1800.0
-    """Seconds after which an engine that has not answered is taken for dead."""
+    start_timeout: Positive = 1800.0
+    """Seconds that an engine may take to load its model."""
+    timeout: Positive = 300.0
+    """Seconds after which an engine that has not answered is taken for dead. Engines answer every second or so, however
+    long their completions are."""
     cpus: Positive = 0.5
     """CPUs that each engine reserves in the cluster."""
     gpus: NotNegative | None = None
-    """GPUs that each engine reserves; 1 where the cluster has any, else 0."""
+    """GPUs that each engine reserves; `rollout.tensor_parallel` where the cluster has any, else 0."""
+
+
+class GateConfig(Settings):
+    """The log-probability gate: a few completions sampled by every engine are scored by the learner too."""
+
+    every: Annotated[int, Field(ge=0)] = 20
+    """Steps between checks; the first is before the first step. 0: never."""
+    prompts: PositiveInt = 4
+    """Held-out prompts."""
+    max_tokens: PositiveInt = 32
+    """Tokens sampled a prompt."""
+    mean: Positive | None = None
+    """Stop where the mean difference is above this, in nats; by default 1e-3 in float32 and 0.05 in bfloat16."""
 
 
 class SyncConfig(Settings):
     verify: bool = True
     """After every weight update, compare digests of what each engine holds with the learner's; stop on a difference."""
+    adapter: Literal["native", "merged", "auto"] = "auto"
+    """How engines serve LoRA: as an adapter beside the base weights, or merged into them, anew from the base model's
+    files each time. `auto`: natively where the engine can, module by module."""
+    transport: Literal["object_store", "directory", "nccl", "ipc"] = "object_store"
+    """How updates travel: Ray's object store (the process's memory without Ray), files in `sync.directory`, NCCL
+    between GPUs (gloo on CPU), or CUDA memory of one GPU."""
+    directory: str | None = None
+    """Directory that learner and engines see, for `sync.transport=directory`."""
+    encoding: Literal["auto", "dense"] = "auto"
+    """`auto`: of each tensor, only the elements that changed, where that is smaller; exact either way."""
+    anchor_every: PositiveInt = 50
+    """Steps after which everything is sent again, not only what changed. An engine that is replaced is sent the last
+    such update and all since."""
+    bucket_mib: PositiveInt = 256
+    """Size of the parts that an update is sent in, each of whole tensors."""
+    timeout: Positive = 120.0
+    """Seconds that one part may take to arrive."""
+    gate: GateConfig = GateConfig()
+
+
+class AsyncConfig(Settings):
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates of the policy that a completion may be behind when it is trained on. 0: generate, then train, in turn.
+    Above 0 `algo.mismatch` is `truncate` unless it is given."""
+    in_flight: Literal["keep", "recompute", "wait"] = "keep"
+    """What an update does to completions that are being sampled: they go on with the cached keys and values of the old
+    weights, or with ones computed again, or the update waits until they are done."""
 
 
 class RewardSpec(Settings):
@@ -256,9 +303,10 @@ class RewardSpec(Settings):
 
 class RewardConfig(Settings):
     timeout: Positive = 30.0
-    """Seconds that one completion's score may take; for a whole group at first, then completion by completion."""
+    """Seconds that one completion's score may take; for a whole group at first, then completion by completion. Also of
+    one answer of `rollout.environment`."""
     workers: PositiveInt = 2
-    """Reward processes."""
+    """Reward processes; as many again for `rollout.environment`."""
 
 
 class ClusterConfig(Settings):
@@ -266,6 +314,9 @@ class ClusterConfig(Settings):
     """`inline` runs the same workers in this process, for debugging."""
     address: str | None = None
     """Ray cluster to join (`auto`, `host:port`); one is started on this machine by default."""
+    placement: Literal["split", "colocate"] = "split"
+    """`colocate`: engine i and learner rank i share a GPU, and an engine's memory is released while the learner works
+    (vLLM's sleep mode); `split`: each has its own."""
 
 
 class CheckpointConfig(Settings):
@@ -337,6 +388,7 @@ class Config(Settings):
     """Rewards, summed by weight. The first one also measures held-out accuracy."""
     reward: RewardConfig = RewardConfig()
     cluster: ClusterConfig = ClusterConfig()
+    asynchrony: AsyncConfig = Field(AsyncConfig(), alias="async")
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -349,8 +401,12 @@ class Config(Settings):
         """What `algo` does not say, `algorithm` says."""
         if not isinstance(tree, dict) or not isinstance(tree.get("algo") or {}, dict):
             return tree
-        preset = PRESETS.get(str(tree.get("algorithm", "grpo")), {})
-        return {**tree, "algo": {**preset, **(tree.get("algo") or {})}}
+        preset = dict(PRESETS.get(str(tree.get("algorithm", "grpo")), {}))
+        algo = tree.get("algo") or {}
+        stale = isinstance(tree.get("async"), dict) and tree["async"].get("max_staleness")
+        if stale and algo.get("old_logprobs", preset.get("old_logprobs", "learner")) == "learner":
+            preset.setdefault("mismatch", "truncate")  # completions of older weights are weighed by the ratio
+        return {**tree, "algo": {**preset, **algo}}
 
     @property
     def lora_lr(self) -> float:
@@ -399,6 +455,7 @@ class Config(Settings):
             )
         self._check_plan()
         self._check_algo()
+        self._check_rollout()
         if "{prompt}" not in self.data.template:
             raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
         longest = self.data.max_prompt_length + self.sampling.max_completion_length
@@ -433,6 +490,42 @@ class Config(Settings):
                 "model.attention=flash_attention_2 knows no model.dtype=float32; use bfloat16, or model.attention=sdpa"
             )
 
+    def _check_rollout(self) -> None:
+        """Refuse placements and ways of sync that cannot be."""
+        if (self.sync.transport == "directory") != (self.sync.directory is not None):
+            raise ValueError(
+                f"sync.transport={self.sync.transport} with sync.directory={self.sync.directory!r}; give neither, or "
+                "both, as in sync.transport=directory sync.directory=/shared/sync"
+            )
+        if self.cluster.placement == "colocate":
+            why = None
+            if self.rollout.engines > self.learner.world_size:
+                why = f"rollout.engines={self.rollout.engines} do not each find one of learner.world_size="
+                why += f"{self.learner.world_size} ranks to share a GPU with; lower the engines"
+            elif self.rollout.tensor_parallel > 1:
+                why = f"rollout.tensor_parallel={self.rollout.tensor_parallel} needs GPUs of its own; use 1"
+            elif self.asynchrony.max_staleness:
+                why = f"async.max_staleness={self.asynchrony.max_staleness} needs engines that work while the learner "
+                why += "does; use 0"
+            if why is not None:
+                raise ValueError(f"cluster.placement=colocate: {why}, or cluster.placement=split")
+        elif self.sync.transport == "ipc":
+            raise ValueError(
+                "sync.transport=ipc is for engines on the learner's GPU; use cluster.placement=colocate, or another "
+                "transport"
+            )
+        if self.rollout.engine == "transformers" and self.rollout.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel={self.rollout.tensor_parallel} is not for rollout.engine=transformers; use 1"
+            )
+        if self.asynchrony.in_flight != "keep" and not self.asynchrony.max_staleness:
+            raise ValueError(
+                f"async.in_flight={self.asynchrony.in_flight} does nothing with async.max_staleness=0: no completion "
+                "is under way when weights change; drop it"
+            )
+        if self.rollout.environment is None and self.rollout.max_turns != RolloutConfig().max_turns:
+            raise ValueError(f"rollout.max_turns={self.rollout.max_turns} does nothing without rollout.environment")
+
     def _check_plan(self) -> None:
         """Refuse settings that another one would silently override."""
         changed = {name for name in PlanConfig.model_fields if getattr(self.plan, name) != getattr(PlanConfig(), name)}
@@ -466,126 +559,3 @@ class Config(Settings):
                 f"learner.offload=all needs the weights in shares, but learner.zero_stage={self.learner.zero_stage}; "
                 "use learner.zero_stage=3, or learner.offload=optimizer"
             )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path` (YAML), apply `key=value` overrides (dots are nesting), and check the result.
-
-    Raises `ConfigError` with a message that fits one screen.
-    """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} must hold a mapping of settings, not a {type(tree).__name__}")
-    if any(override.partition("=")[0].strip() == "algorithm" for override in overrides):
-        _forget_preset(tree)
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
-    """Check a tree of settings; every problem found is listed in one `ConfigError`."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        problems = [_explain(dict(detail)) for detail in error.errors()]
-        shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {line}" for line in shown)) from None
-
-
-def setting_names() -> list[str]:
-    """Every setting's dotted name, in order."""
-    return list(_names(Config, ""))
-
-
-def _forget_preset(tree: dict[str, Any]) -> None:
-    """Drop what the file's `algo` has from its own preset: a run's resolved settings list every field, and with them
-    another `algorithm` would change nothing."""
-    algo, name = tree.get("algo"), str(tree.get("algorithm", "grpo"))
-    if isinstance(algo, dict) and name in PRESETS:
-        preset = AlgoConfig(**PRESETS[name])
-        tree["algo"] = {k: v for k, v in algo.items() if not hasattr(preset, k) or v != getattr(preset, k)}
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"override {override!r} is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        if text.lstrip()[:1] in ("[", "{"):
-            raise ConfigError(
-                f"override {override!r}: the value is not valid YAML; put quotes around a pattern that starts with *, "
-                "as in "
-                "'plan.also_full=[\"*norm*\"]'"
-            ) from None
-        value = text
-    *parents, leaf = key.strip().split(".")
-    node = tree
-    for depth, parent in enumerate(parents, start=1):
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not settings")
-        node = child
-    node[leaf] = value
-
-
-_TRL_NAMES = {
-    "beta": "algo.kl_coef",
-    "epsilon": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "delta": "algo.dual_clip",
-    "loss_type": "algorithm",
-    "num_iterations": "batch.epochs",
-    "off_policy_mask_threshold": "algo.off_policy_mask",
-}
-
-
-def _explain(detail: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        known = setting_names()
-        close = [_TRL_NAMES[leaf]] if (leaf := name.rpartition(".")[2]) in _TRL_NAMES else []
-        close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        if not close:  # the right name in the wrong section
-            close = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"unknown setting {name}{hint}"
-    if detail["type"] == "missing":
-        return f"{name} is required and was not given"
-    if not name:
-        return message
-    if isinstance(detail["input"], dict) and detail["type"] == "value_error":  # of a section: it names its settings
-        return message if message.startswith(f"{name}.") else f"{name}.{message}"
-    if detail["type"] == "literal_error":
-        options = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        close = difflib.get_close_matches(str(detail["input"]).lower(), options, n=1)
-        message += f"; did you mean {close[0]}?" if close else ""
-    return f"{name}={detail['input']!r}: {message[0].lower() + message[1:]}"
-
-
-def _names(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        yield prefix + name
-        if section is not None:
-            yield from _names(section, f"{prefix}{name}.")
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from hybrid_rl.config import Config
 from hybrid_rl.reward import RewardPool
-from hybrid_rl.rollout import RolloutPool, sampling_from
+from hybrid_rl.rollout import Episodes, sampling_from
 from hybrid_rl.types import Prompt, Sampling, ScoredGroup
 
 
-def evaluate(pool: RolloutPool, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
+def evaluate(episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
     """`eval/accuracy`: mean of the first reward over one greedy completion a problem. `eval/mean_at_k`: the same over
     `eval.k` samples. `eval/truncated`: share of greedy completions cut at `sampling.max_completion_length`. A
     completion without a score counts as 0 here, and in `eval/unscored`."""
-    greedy = _answer(pool, rewards, prompts, sampling_from(config, n=1, temperature=0.0))
+    greedy = _answer(episodes, rewards, prompts, sampling_from(config, n=1, temperature=0.0))
     scores = _first_rewards(greedy, config)
     metrics = {
         "eval/accuracy": _mean([s or 0.0 for s in scores]),
@@ -23,14 +23,16 @@ def evaluate(pool: RolloutPool, rewards: RewardPool, prompts: Sequence[Prompt], 
     }
     if config.eval.k:
         sampling = sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature)
-        sampled = _first_rewards(_answer(pool, rewards, prompts, sampling), config)
+        sampled = _first_rewards(_answer(episodes, rewards, prompts, sampling), config)
         metrics["eval/mean_at_k"] = _mean([s or 0.0 for s in sampled])
         metrics["eval/unscored"] += float(sum(s is None for s in sampled))
     return metrics
 
 
-def _answer(pool: RolloutPool, rewards: RewardPool, prompts: Sequence[Prompt], sampling: Sampling) -> list[ScoredGroup]:
-    return rewards.score(prompts, pool.generate(prompts, sampling)).groups
+def _answer(
+    episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[ScoredGroup]:
+    return rewards.score(prompts, episodes.generate(prompts, sampling)).groups
 
 
 def _first_rewards(groups: Sequence[ScoredGroup], config: Config) -> list[float | None]:

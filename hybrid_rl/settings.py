@@ -19,7 +19,13 @@ NotNegative = Annotated[float, Field(ge=0)]
 class Settings(BaseModel):
     """A section of the settings."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -88,7 +88,8 @@ class RunDirectory:
         write_atomically(self.summary, json.dumps(summary, indent=1) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
-        """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version."""
+        """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version, and which
+        spans of its tokens the environment gave."""
         lines = []
         for group, row in zip(groups, advantages, strict=True):
             for i, completion in enumerate(group.completions):
@@ -100,6 +101,7 @@ class RunDirectory:
                     "rewards": {plugin: scores[i] for plugin, scores in group.parts.items()},
                     "advantage": row[i],
                     "tokens": len(completion.token_ids),
+                    "given": completion.given,
                     "finish_reason": completion.finish_reason,
                     "weight_version": completion.weight_version,
                     "answer": group.prompt.columns.get("answer"),
@@ -211,4 +213,4 @@ class StepClock:
         return {"time/step": total, **{f"time/{part}": seconds for part, seconds in parts.items()}}
 
 
-STEP_PARTS = ("generate", "reward", "logprob", "train", "sync", "eval", "checkpoint")
+STEP_PARTS = ("generate", "reward", "logprob", "train", "sync", "gate", "eval", "checkpoint")

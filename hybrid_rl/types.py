@@ -6,6 +6,7 @@ suffixes: P prompts, G completions of one prompt, N completions of a batch, T to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,30 @@ class Sampling:
     max_tokens: int
     stop: tuple[str, ...]
     seed: int
+    max_seconds: float | None = None
+    """Longest that a prompt's completions may take once an engine has taken them on; cut ones end as `time`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked: `sampling.n` completions of one prompt."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    """Decides the randomness of this request alone: the same prompt, weights and seed give the same completions on any
+    engine of the same kind."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an engine did since it was last asked."""
+
+    finished: Mapping[str, tuple[Completion, ...]]
+    """Request id -> its completions, in order."""
+    version: int
+    """Weight version that the engine serves."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +72,14 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-probability of each sampled token under the engine's policy, at the sampling temperature."""
     finish_reason: str
-    """`stop` (end of sequence or stop string) or `length`."""
+    """`stop` (end of sequence or stop string), `length` (also by `rollout.max_turns`), `time` (`Sampling.max_seconds`),
+    or `environment`, which failed."""
     weight_version: int
-    """Version of the weights that produced it."""
+    """Version of the weights that sampled its first token: the oldest that it has tokens of."""
+    later_versions: tuple[tuple[int, int], ...] = ()
+    """(Token, version) for every update that came in while it was sampled: from this token on, this version."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Spans [start, end) of `token_ids` that the environment gave; no policy sampled them (their `logprobs` are 0)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,8 @@ class TrainSequence:
     advantage: float
     weight: float = 0.0
     """Factor of each of its tokens' losses; their sum over a mini-batch is the loss."""
+    given: tuple[tuple[int, int], ...] = ()
+    """Spans [start, end) of `completion_ids` that the policy did not sample: read, never trained on."""
 
     @property
     def length(self) -> int:
@@ -106,20 +138,43 @@ class Receipt:
     version: int
     digests: Mapping[str, str]
     """Tensor name -> digest of the bytes that the engine computes with."""
+    adapter: str
+    """How LoRA is served: `none`, `native`, `merged`, or `mixed` (by module)."""
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """Everything the plan trains, at one version: the complete difference from the base model."""
+    """One version of everything the plan trains, as an anchor (complete) or as what changed since the version before.
+
+    Fully fine-tuned matrices have their Hugging Face name, LoRA factors PEFT's, scaling folded into B.
+    """
 
     version: int
-    tensors: bytes
-    """A safetensors file: fully fine-tuned matrices by their Hugging Face name, LoRA factors by PEFT's, scaling folded
-    into B."""
+    base_version: int | None
+    """The version that it is the difference to; `None` for an anchor, which is against the base model."""
+    buckets: tuple[Bucket, ...]
     digests: Mapping[str, str]
-    """Tensor name -> digest, as computed by the learner."""
+    """Tensor name -> digest of the whole tensor at this version, of every tensor the plan trains."""
     adapter_rank: int
     """LoRA rank, 0 without an adapter."""
+
+    @property
+    def bytes(self) -> int:
+        """Encoded size."""
+        return sum(b.bytes for b in self.buckets)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of an update on its way."""
+
+    ticket: Any
+    """By which the transport gets it for an engine."""
+    bytes: int
+    digest: str
+    """Of the encoded bytes."""
+    tensors: tuple[str, ...]
+    """Names of what it holds."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +211,26 @@ class WorkerHandle(Protocol):
     def kill(self) -> None: ...
 
 
+def wait_any(pending: Sequence[Pending], seconds: float) -> None:
+    """Return once one of `pending` has a result or a failure, or after `seconds`."""
+    until = time.monotonic() + seconds
+    while not any(p.ready(0) for p in pending) and (left := until - time.monotonic()) > 0:
+        pending[0].ready(min(left, _POLL_SECONDS if len(pending) == 1 else _TURN_SECONDS))
+
+
 def call_all(workers: Sequence[WorkerHandle], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
-    """Call `method` on every worker at once and wait for all results, in order.
+    """Call `method` on every worker at once and wait for all results, in order."""
+    return gather([w.submit(method, *args, **kwargs) for w in workers])
+
+
+def gather(pending: Sequence[Pending]) -> list[Any]:
+    """All results, in order.
 
     The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
     """
-    pending = [w.submit(method, *args, **kwargs) for w in workers]
     waiting = set(range(len(pending)))
     while waiting:
-        pending[min(waiting)].ready(_POLL_SECONDS)
+        wait_any([pending[i] for i in waiting], _POLL_SECONDS)
         for i in [i for i in waiting if pending[i].ready(0)]:
             pending[i].result()
             waiting.remove(i)
@@ -172,3 +238,5 @@ def call_all(workers: Sequence[WorkerHandle], method: str, /, *args: Any, **kwar
 
 
 _POLL_SECONDS = 0.5
+_TURN_SECONDS = 0.005
+"""Longest that one of several is waited for before the others are looked at."""

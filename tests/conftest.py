@@ -14,7 +14,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import yaml
 
-from hybrid_rl.config import Config, WarmStartConfig, parse_config
+from hybrid_rl.config import Config, WarmStartConfig
+from hybrid_rl.config_file import parse_config
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hybrid_rl.algo import PRESETS
 from hybrid_rl.algorithms import find_advantage, find_loss
-from hybrid_rl.config import Config, ConfigError, load_config, parse_config, setting_names
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.config_file import load_config, parse_config, setting_names
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hybrid_rl.config import parse_config
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.tracking import MetricsLog, RunDirectory, read_metrics
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hybrid_rl.adaptation import PARTS
 from hybrid_rl.algorithms import rehearse
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
@@ -23,10 +24,12 @@ from hybrid_rl.data import build_prompts, load_rows, load_tokenizer
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan, build_plan, probe_plan, select_candidates
 from hybrid_rl.reward import RewardPool
-from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, RolloutPool
+from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
+from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.scoring import find_score
-from hybrid_rl.types import Prompt, Receipt, WeightUpdate, WorkerHandle
-from hybrid_rl.weight_sync import verify_receipts
+from hybrid_rl.types import Prompt, WeightUpdate, WorkerHandle
+from hybrid_rl.weight_sync import Transport
+from trainers.courier import MeetingCourier
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +56,41 @@ class Workplace:
 
     cluster: Cluster
     pool: RolloutPool
+    episodes: Episodes
     learner: LearnerGroup
     rewards: RewardPool
-    _update: WeightUpdate | None = None
+    colocated: bool
 
-    def sync(self, version: int) -> tuple[WeightUpdate, int]:
-        """Bring every engine to the learner's weights. Returns the update and how many engines were verified."""
-        self._update = self.learner.export(version)
-        verified = self.pool.update(self.cluster.share(self._update), version)
-        return self._update, verified
+    def sync(self, version: int, in_flight: str = "keep", parts: Sequence[str] = PARTS) -> Synced:
+        """Bring every engine to the learner's weights, or to those of `parts` and the base model's for the rest;
+        completions under way go on as `in_flight` says."""
+        update = self.learner.export(version, tuple(parts))
+        repairs = self.pool.repairs
+        verified = self.pool.update(update, in_flight)
+        return Synced(update, verified, self.pool.repairs - repairs)
 
-    def verify(self, receipts: Sequence[Receipt]) -> int:
-        assert self._update is not None
-        return verify_receipts(self._update, receipts)
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, the learner works: engines that share its GPUs release their memory."""
+        if not self.colocated:
+            yield
+            return
+        self.pool.sleep()
+        try:
+            yield
+        finally:
+            self.pool.wake()
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a weight sync did."""
+
+    update: WeightUpdate
+    verified: int
+    """Engines whose receipt equals the learner's digests."""
+    repaired: int
+    """Engines that did not hold what they were sent, and were sent everything again."""
 
 
 def check_task(config: Config) -> Task:
@@ -171,23 +196,37 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iter
     leaving."""
     with ExitStack() as stack:
         ranks, engines = config.learner.world_size, config.rollout.engines if rollouts else 0
-        workplace = Workplace(None, None, None, None)  # type: ignore[arg-type]
+        colocated = config.cluster.placement == "colocate"
+        workplace = Workplace(None, None, None, None, None, colocated)  # type: ignore[arg-type]
         if rollouts:
             workplace.rewards = RewardPool(config.rewards, config.reward, chat=config.data.chat)
             stack.callback(workplace.rewards.close)
             workplace.rewards.check(task.columns)
+        answering: dict[str, Any] = {}
+        if rollouts and config.rollout.environment is not None:
+            environment = Environment(config.rollout.environment, config.reward)
+            stack.callback(environment.close)
+            environment.check(task.columns)
+            answering = {"environment": environment, "max_turns": config.rollout.max_turns}
+            answering["tokenizer"] = load_tokenizer(config)
         workplace.cluster = cluster = open_cluster(config)
         stack.callback(cluster.close)
-        cluster.reserve([_resources(config.learner, cluster)] * ranks + [_resources(config.rollout, cluster)] * engines)
-        verify = workplace.verify if config.sync.verify else (lambda receipts: 0)
+        transport = cluster.transport(config)
+        cluster.reserve(_places(config, cluster, ranks, engines))
         workplace.pool = RolloutPool(
-            lambda i: _start_engine(config, task, cluster, ranks + i, i),
+            lambda i: _start_engine(config, task, cluster, transport, _place_of_engine(config, i), i),
             engines,
             max_restarts=config.rollout.max_restarts,
             timeout=config.rollout.timeout,
-            verify=verify,
+            start_timeout=config.rollout.start_timeout,
+            max_concurrent=config.rollout.max_concurrent,
+            verify=config.sync.verify,
+            courier=MeetingCourier(lambda: workplace.learner, lambda: cluster.endpoint(workplace.learner.first))
+            if transport.sends
+            else None,
         )
-        workplace.learner = _start_learner(config, cluster)
+        workplace.episodes = Episodes(workplace.pool, **answering)
+        workplace.learner = _start_learner(config, cluster, transport)
         workplace.pool.wait_ready()
         yield workplace
 
@@ -200,12 +239,6 @@ def ranks(config: Config) -> bool:
 def probes(config: Config) -> bool:
     """Whether a plan is made from a probe, which syncs an adapter of its own."""
     return ranks(config) and find_score(config.plan.score).needs == "updates"
-
-
-def _largest_rank(config: Config, plan: AdaptationPlan | None, anatomy: Anatomy) -> int:
-    """Largest LoRA rank that a weight update can carry; 0 if it carries no adapter."""
-    plans = [plan] if plan is not None else _drafts(anatomy, config)
-    return max((m.rank or 0 for p in plans for m in p.modules), default=0)
 
 
 def _check_choices(config: Config, anatomy: Anatomy) -> None:
@@ -296,39 +329,71 @@ def _check_sequence_parallel(config: Config, model: Any, anatomy: Anatomy) -> No
         )
 
 
-def _resources(settings: Any, cluster: Cluster) -> Resources:
-    gpus = settings.gpus if settings.gpus is not None else float(cluster.has_gpus)
-    return Resources(settings.cpus, gpus)
+def _learner_resources(config: Config, cluster: Cluster) -> Resources:
+    gpus = config.learner.gpus if config.learner.gpus is not None else float(cluster.has_gpus)
+    return Resources(config.learner.cpus, _shared(config, gpus))
 
 
-def _start_engine(config: Config, task: Task, cluster: Cluster, place: int, index: int) -> WorkerHandle:
+def _engine_resources(config: Config, cluster: Cluster) -> Resources:
+    rollout = config.rollout
+    gpus = rollout.gpus if rollout.gpus is not None else float(rollout.tensor_parallel * cluster.has_gpus)
+    return Resources(rollout.cpus, _shared(config, gpus))
+
+
+def _shared(config: Config, gpus: float) -> float:
+    return gpus / 2 if config.cluster.placement == "colocate" else gpus
+
+
+def _places(config: Config, cluster: Cluster, ranks: int, engines: int) -> list[Resources]:
+    """The learner's ranks, then the engines; where they are colocated, each engine with the rank of its number."""
+    learner, engine = _learner_resources(config, cluster), _engine_resources(config, cluster)
+    if config.cluster.placement == "split":
+        return [learner] * ranks + [engine] * engines
+    both = Resources(learner.cpus + engine.cpus, learner.gpus + engine.gpus)
+    return [both] * engines + [learner] * (ranks - engines)
+
+
+def _place_of_engine(config: Config, index: int) -> int:
+    return index + (config.learner.world_size if config.cluster.placement == "split" else 0)
+
+
+def _start_engine(
+    config: Config, task: Task, cluster: Cluster, transport: Transport, place: int, index: int
+) -> WorkerHandle:
     if config.rollout.engine == "vllm":
         from hybrid_rl.rollout.vllm_engine import VllmEngine as Engine
     else:
         from hybrid_rl.rollout.transformers_engine import TransformersEngine as Engine
     longest = max(len(p.token_ids) for p in task.train + task.eval)
+    plans = [task.plan] if task.plan is not None else _drafts(task.anatomy, config)
     settings = EngineSettings(
         name=f"engine-{index}",
         model_path=_resolved(config.model.path),
         dtype=config.model.dtype,
         trust_remote_code=config.model.trust_remote_code,
         max_length=longest + config.sampling.max_completion_length,
-        adapter_rank=_largest_rank(config, task.plan, task.anatomy),
+        adapter_rank=max((m.rank or 0 for p in plans for m in p.modules), default=0),
         max_concurrent=config.rollout.max_concurrent,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         seed=config.seed,
+        transport=transport,
+        adapter=config.sync.adapter,
+        lora_modules=tuple(dict.fromkeys(m.name for p in plans for m in p.named("lora"))),
+        tensor_parallel=config.rollout.tensor_parallel,
+        sleeps=config.cluster.placement == "colocate",
     )
-    return cluster.start(place, Engine, settings, name=settings.name)
+    return cluster.start(place, Engine, settings, name=settings.name, takes=_engine_resources(config, cluster))
 
 
-def _start_learner(config: Config, cluster: Cluster) -> LearnerGroup:
+def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> LearnerGroup:
     from hybrid_rl.learner.worker import LearnerWorker
 
     # Workers may start in another directory.
     model = config.model.model_copy(update={"path": _resolved(config.model.path)})
     config = config.model_copy(update={"model": model})
+    takes = _learner_resources(config, cluster)
     workers = [
-        cluster.start(rank, LearnerWorker, config, rank, name=f"learner-{rank}")
+        cluster.start(rank, LearnerWorker, config, rank, transport, name=f"learner-{rank}", takes=takes)
         for rank in range(config.learner.world_size)
     ]
     learner = LearnerGroup(workers)

@@ -59,7 +59,7 @@ def save_model(shape: str, path: str) -> None:
 
 def measure(shape: str, path: str, adaptation: str, checkpoints: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One case, in this process."""
-    from hybrid_rl.config import load_config
+    from hybrid_rl.config_file import load_config
     from hybrid_rl.learner.assemble import mini_batches
 
     _, more, longest, count = SHAPES[shape]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_rl.cluster.base import worker_environment
+from hybrid_rl.cluster.base import make_transport, worker_environment
 from hybrid_rl.config import Config
 from hybrid_rl.types import Pending, Resources, WorkerHandle
+from hybrid_rl.weight_sync import SyncTimeout, Transport
 
 
 class InlineCluster:
@@ -17,12 +19,13 @@ class InlineCluster:
         import torch
 
         self.has_gpus = torch.cuda.is_available()
+        self._transport: Transport | None = None
         os.environ.update(worker_environment(config, gpus=self.has_gpus))
 
-    def reserve(self, workers: Sequence[Resources]) -> None:
+    def reserve(self, places: Sequence[Resources]) -> None:
         """Nothing to reserve: one process runs one worker at a time."""
 
-    def start(self, place: int, worker: type, *args: Any, name: str) -> WorkerHandle:
+    def start(self, place: int, worker: type, *args: Any, name: str, takes: Resources) -> WorkerHandle:
         return _InlineHandle(name, worker(*args))
 
     def endpoint(self, handle: WorkerHandle) -> tuple[str, int]:
@@ -31,8 +34,36 @@ class InlineCluster:
     def share(self, value: Any) -> Any:
         return value
 
+    def transport(self, config: Config) -> Transport:
+        self._transport = make_transport(config, self, Memory())
+        return self._transport
+
     def close(self) -> None:
         """Torch's process group stays: DeepSpeed holds on to it, and the next run in this process uses it again."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+class Memory(Transport):
+    """This process's memory."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._payloads: dict[int, bytes] = {}
+
+    def put(self, payload: bytes, what: str) -> int:
+        number = next(self._numbers)
+        self._payloads[number] = payload
+        return number
+
+    def get(self, ticket: int, what: str) -> bytes:
+        try:
+            return self._payloads[ticket]
+        except KeyError:
+            raise SyncTimeout(f"{what}: nothing is there, and nothing will come within one process") from None
+
+    def drop(self, ticket: int) -> None:
+        self._payloads.pop(ticket, None)
 
 
 class _InlineHandle:

@@ -18,10 +18,11 @@ import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hybrid_rl.cluster.base import worker_environment
+from hybrid_rl.cluster.base import make_transport, worker_environment
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.types import Pending, Resources, WorkerDied, WorkerHandle
+from hybrid_rl.weight_sync import SyncTimeout, Transport
 
 _PLACEMENT_TIMEOUT = 60.0
 _CONNECT_TIMEOUT = 10.0
@@ -46,35 +47,34 @@ class RayCluster:
         self._environment = worker_environment(config, gpus=self.has_gpus)
         if config.cluster.address is None:
             self._environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-        self._workers: list[Resources] = []
         self._group: PlacementGroup | None = None
+        self._transport: Transport | None = None
 
-    def reserve(self, workers: Sequence[Resources]) -> None:
+    def reserve(self, places: Sequence[Resources]) -> None:
         total = ray.cluster_resources()
         for kind, settings, needed in (
-            ("CPU", "learner.cpus, rollout.cpus", sum(w.cpus for w in workers)),
-            ("GPU", "learner.gpus, rollout.gpus", sum(w.gpus for w in workers)),
+            ("CPU", "learner.cpus, rollout.cpus", sum(w.cpus for w in places)),
+            ("GPU", "learner.gpus, rollout.gpus", sum(w.gpus for w in places)),
         ):
             if needed > total.get(kind, 0):
                 raise ConfigError(
-                    f"the run needs {needed:g} {kind}s for {len(workers)} workers, the cluster has "
+                    f"the run needs {needed:g} {kind}s for {len(places)} workers, the cluster has "
                     f"{total.get(kind, 0):g}; lower learner.world_size, rollout.engines or {settings}"
                 )
-        bundles = [{"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {}) for w in workers]
-        self._workers = list(workers)
+        bundles = [{"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {}) for w in places]
         self._group = placement_group(bundles, strategy="PACK")
         if not self._group.wait(_PLACEMENT_TIMEOUT):
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             raise ConfigError(
-                f"the cluster could not place {len(workers)} workers within {_PLACEMENT_TIMEOUT:g} s; free: {free}, "
+                f"the cluster could not place {len(places)} workers within {_PLACEMENT_TIMEOUT:g} s; free: {free}, "
                 f"needed: {bundles}. Wait for other jobs or lower learner.world_size and rollout.engines"
             )
 
-    def start(self, place: int, worker: type, *args: Any, name: str) -> WorkerHandle:
+    def start(self, place: int, worker: type, *args: Any, name: str, takes: Resources) -> WorkerHandle:
         assert self._group is not None, "reserve places first"
         options = {
-            "num_cpus": self._workers[place].cpus,
-            "num_gpus": self._workers[place].gpus,
+            "num_cpus": takes.cpus,
+            "num_gpus": takes.gpus,
             "runtime_env": {"env_vars": self._environment},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place),
         }
@@ -87,10 +87,34 @@ class RayCluster:
     def share(self, value: Any) -> Any:
         return ray.put(value)
 
+    def transport(self, config: Config) -> Transport:
+        self._transport = make_transport(config, self, ObjectStore(config.sync.timeout))
+        return self._transport
+
     def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
         if self._group is not None:
             remove_placement_group(self._group)
         ray.shutdown()
+
+
+class ObjectStore(Transport):
+    """Ray's object store. Ray frees what no ticket points to any more."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+
+    def put(self, payload: bytes, what: str) -> Any:
+        return ray.put(payload)
+
+    def get(self, ticket: Any, what: str) -> bytes:
+        try:
+            return ray.get(ticket, timeout=self._timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise SyncTimeout(f"{what} did not arrive within {self._timeout:g} s") from None
+        except ray.exceptions.ObjectLostError as loss:
+            raise SyncTimeout(f"{what} is lost: {_cause(loss)}") from None
 
 
 def _check_reachable(address: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from hybrid_rl.algorithms import find_advantage, has_signal, overlong_penalty, token_weights
 from hybrid_rl.config import Config, FullConfig, LoraConfig
+from hybrid_rl.learner.batching import sampled
 from hybrid_rl.types import ScoredGroup, TrainBatch, TrainSequence
 
 
@@ -27,7 +28,7 @@ class Assembled:
     penalties: Mapping[str, float]
     """Mean taken from the rewards, by cause."""
     dropped_tokens: Mapping[str, int]
-    """Completion tokens that are not trained on, by cause."""
+    """Sampled tokens that are not trained on, by cause."""
 
 
 def assemble(
@@ -35,7 +36,8 @@ def assemble(
 ) -> Assembled:
     """Shape the rewards, compute the advantages, and leave out what `algo` says.
 
-    `divergences` are each completion's from the base policy, where `algo.kl_in=reward`.
+    The overlong penalty goes by all tokens of a completion, as its limit does. `divergences` are each completion's from
+    the base policy, where `algo.kl_in=reward`.
     """
     algo, limit = config.algo, config.sampling.max_completion_length
     if not groups:
@@ -58,7 +60,11 @@ def assemble(
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             teaches = TrainSequence(
-                group.prompt.token_ids, completion.token_ids, completion.logprobs, advantages_P_G[p][g]
+                group.prompt.token_ids,
+                completion.token_ids,
+                completion.logprobs,
+                advantages_P_G[p][g],
+                given=completion.given,
             )
             why = None
             if group.rewards_G[g] is None:
@@ -68,13 +74,13 @@ def assemble(
             elif algo.overlong_filter and completion.finish_reason == "length":
                 why = "overlong"
                 # Counts as a completion without tokens.
-                sequences.append(replace(teaches, completion_ids=(), rollout_logprobs=(), advantage=0.0))
+                sequences.append(replace(teaches, completion_ids=(), rollout_logprobs=(), advantage=0.0, given=()))
             else:
                 sequences.append(teaches)
                 if teaches.advantage == 0 and not algo.trains_without_advantage:
                     why = "zero_variance" if not signal_P[p] else "zero_advantage"
             if why is not None:
-                dropped[why] += len(completion.token_ids)
+                dropped[why] += len(sampled(completion))
                 advantages_P_G[p][g] = 0.0
     means = {name: float(p[valid_P_G].mean()) if valid_P_G.any() else 0.0 for name, p in penalties.items()}
     return Assembled(sequences, advantages_P_G, signal_P.count(False), means, dropped)
@@ -101,8 +107,8 @@ def mini_batches(sequences: Sequence[TrainSequence], config: Config, lr_scale: M
 
 
 def weigh(sequences: Sequence[TrainSequence], aggregation: str, max_length: int = 1) -> list[TrainSequence]:
-    """The sequences of one mini-batch, each with the weight of its tokens."""
-    lengths_N = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.float64)
+    """The sequences of one mini-batch, each with the weight of its tokens, of which those sampled count."""
+    lengths_N = torch.tensor([len(sampled(s)) for s in sequences], dtype=torch.float64)
     weights = token_weights(lengths_N, aggregation, max_length).tolist()
     return [replace(s, weight=w) for s, w in zip(sequences, weights, strict=True)]
 
@@ -126,12 +132,15 @@ def _lr_scale(step: int, config: Config, part: FullConfig | LoraConfig) -> float
 def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, float]:
     """What a step's rollouts earned, how long they were, and what of them is not trained on."""
     completions = [c for group in groups for c in group.completions]
+    lengths = [len(sampled(c)) for c in completions]
     metrics = {
         "reward/mean": _mean([r for g in groups for r in g.rewards_G]),
         "reward/zero_variance_groups": data.zero_variance_groups,
         "reward/unscored": sum(r is None for g in groups for r in g.rewards_G),
-        "tokens/generated": sum(len(c.token_ids) for c in completions),
-        "completions/mean_length": _mean([len(c.token_ids) for c in completions]),
+        "tokens/generated": sum(lengths),
+        "tokens/given": sum(len(c.token_ids) for c in completions) - sum(lengths),
+        "completions/mean_length": _mean(lengths),
+        "completions/mean_turns": _mean([1 + len(c.given) for c in completions]),
         "completions/truncated": _mean([c.finish_reason == "length" for c in completions]),
     }
     for plugin in groups[0].parts:

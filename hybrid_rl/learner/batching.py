@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybrid_rl.algorithms import Tokens
 from hybrid_rl.learner.layout import Layout, ModelInput, arrange
-from hybrid_rl.types import TrainSequence
+from hybrid_rl.types import Completion, TrainSequence
 
 
 def micro_batches(lengths: Sequence[int], ranks: int, tokens: int, layout: Layout) -> list[list[list[int]]]:
@@ -59,13 +59,23 @@ def _packed(order: Sequence[int], lengths: Sequence[int], ranks: int, tokens: in
         each += 1 + each // 16
 
 
+def sampled(completion: Completion | TrainSequence) -> list[int]:
+    """Which of a completion's tokens the policy sampled: those outside its `given` spans."""
+    ids = completion.token_ids if isinstance(completion, Completion) else completion.completion_ids
+    starts, ends = [0, *(end for _, end in completion.given)], [*(start for start, _ in completion.given), len(ids)]
+    return [t for start, end in zip(starts, ends, strict=True) for t in range(start, end)]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences in a layout, and their T completion tokens one after another."""
+    """Sequences in a layout, and the T tokens that the policy sampled of them, one after another.
+
+    Given tokens are part of the input and of nothing else.
+    """
 
     inputs: ModelInput
     at_T: Tensor
-    """Flat position in the input whose next token is the completion token."""
+    """Flat position in the input whose next token is the sampled token."""
     targets_T: Tensor
     sequence_T: Tensor
     """Which sequence the token belongs to, from 0."""
@@ -91,27 +101,25 @@ class MicroBatch:
 
 
 def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.device | str = "cpu") -> MicroBatch:
-    """Tensors of one micro-batch. An empty one is a row without completion tokens, so that collectives still happen."""
+    """Tensors of one micro-batch. An empty one is a row without sampled tokens, so that collectives still happen."""
     # Nothing is predicted from the last token.
     rows = [(*s.prompt_ids, *s.completion_ids)[:-1] for s in sequences]
     inputs = arrange(rows, layout, device)
-    at: list[int] = []
-    for start, s in zip(inputs.starts, sequences, strict=False):
-        first = start + len(s.prompt_ids) - 1
-        at += range(first, first + len(s.completion_ids))
-    counts = [len(s.completion_ids) for s in sequences]
+    picked = [(i, t) for i, s in enumerate(sequences) for t in sampled(s)]
+    # Each token is predicted from the one before it.
+    at = [inputs.starts[i] + len(sequences[i].prompt_ids) - 1 + t for i, t in picked]
 
-    def each_token(values: Sequence[float]) -> Tensor:
-        return torch.tensor([v for v, n in zip(values, counts, strict=True) for _ in range(n)], device=device)
+    def integers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
 
     return MicroBatch(
         inputs=inputs,
-        at_T=torch.tensor(at, dtype=torch.long, device=device),
-        targets_T=torch.tensor([t for s in sequences for t in s.completion_ids], dtype=torch.long, device=device),
-        sequence_T=each_token(range(len(sequences))).long(),
+        at_T=integers(at),
+        targets_T=integers([sequences[i].completion_ids[t] for i, t in picked]),
+        sequence_T=integers([i for i, _ in picked]),
         sequences=len(sequences),
-        rollout_logprobs_T=torch.tensor([p for s in sequences for p in s.rollout_logprobs], device=device),
-        advantages_T=each_token([s.advantage for s in sequences]),
-        weights_T=each_token([s.weight for s in sequences]),
+        rollout_logprobs_T=torch.tensor([sequences[i].rollout_logprobs[t] for i, t in picked], device=device),
+        advantages_T=torch.tensor([sequences[i].advantage for i, _ in picked], device=device),
+        weights_T=torch.tensor([sequences[i].weight for i, _ in picked], device=device),
         padding=inputs.input_ids.numel() - sum(len(row) for row in rows),
     )

@@ -1,13 +1,13 @@
 """DeepSpeed's engine with what reinforcement learning asks of it by group of parameters.
 
 Each part (full, lora) has its own learning rate, decay and clip; gradient and update norms are known by component; a
-gradient that is not finite skips the update; the base policy can be had back for a forward pass.
+gradient that is not finite skips the update; parts of the policy, or all of it, can be taken out for a while.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hybrid_rl.adaptation import PARTS, AdaptedModel, ParameterGroup
 from hybrid_rl.config import Config
+from hybrid_rl.weight_sync import BaseFiles
 
 _TAG = "state"
 _CHUNK = 2**22
@@ -59,7 +60,8 @@ class TrainingEngine:
         )
         self._check(settings)
         # What the base model holds in the places of the full matrices (LoRA's contribution is switched off instead).
-        self._originals = [_held(p).clone() for p in adapted.full.values()] if config.algo.needs_reference else []
+        kept = config.algo.needs_reference
+        self._originals = [_held(p).clone() for p in adapted.full.values()] if kept else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -92,31 +94,44 @@ class TrainingEngine:
         return Update(finite, grad_norms, update_norms)
 
     @contextmanager
-    def base_policy(self) -> Iterator[None]:
-        """Inside, the model is the base model: original weights for the full matrices, no LoRA contribution.
+    def only(self, parts: Collection[str]) -> Iterator[None]:
+        """Inside, the policy is the base model with these of its `PARTS`: without `full`, the full matrices have their
+        original weights; without `lora`, LoRA contributes nothing.
 
-        Weights are exchanged in place, each rank's share of them under ZeRO-3, so that one copy is enough.
+        Weights are exchanged in place, each rank's share of them under ZeRO-3. Without `algo.kl_coef` the originals are
+        read from the model's files for as long as they are needed.
         """
-        if not self._config.algo.needs_reference:
-            raise RuntimeError("the original weights are kept only where algo.kl_coef > 0")
-        layers: list[Any] = [m for m in self._adapted.model.modules() if hasattr(m, "lora_A")]
-        self._exchange()
-        for layer in layers:
-            for name in layer.scaling:
-                layer.set_scale(name, 0.0)
+        layers: list[Any] = []
+        if "lora" not in parts:
+            layers = [m for m in self._adapted.model.modules() if hasattr(m, "lora_A")]
+        originals = [] if "full" in parts else self._originals or self._read_originals()
+        self._exchange(originals)
+        _set_scales(layers, 0.0)
         try:
             yield
         finally:
-            self._exchange()
-            for layer in layers:
-                for name in layer.scaling:
-                    layer.set_scale(name, 1.0)
+            self._exchange(originals)
+            _set_scales(layers, 1.0)
 
-    def gathered(self) -> AbstractContextManager[Any]:
-        """Context in which the trained parameters are whole (ZeRO-3 keeps them partitioned)."""
+    def gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
+        """Context in which these parameters are whole (ZeRO-3 keeps them partitioned)."""
         if self._config.learner.zero_stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters([*self._adapted.full.values(), *self._adapted.lora_parameters])
+        return deepspeed.zero.GatheredParameters(list(parameters))
+
+    @torch.no_grad()
+    def perturb(self, seed: int, scale: float) -> None:
+        """Move every trained weight, its fp32 master included, by `scale` times normal noise of this rank's own."""
+        self._forget_whole()
+        noise = torch.Generator().manual_seed(seed * self._config.learner.world_size + deepspeed.comm.get_rank())
+        for masters in self._masters():
+            for master in masters:
+                master.add_(scale * torch.randn(master.shape, generator=noise).to(master.device))
+        if hasattr(self._optimizer, "update_lp_params"):
+            self._optimizer.update_lp_params()
+        else:  # ZeRO-3
+            for i in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(i)
 
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer's state and of the trained weights."""
@@ -154,7 +169,7 @@ class TrainingEngine:
                 raise RuntimeError(f"DeepSpeed holds {group.name} without fp32 masters")
             size = torch.tensor([sum(m.numel() for m in masters)], device=self._engine.device)
             deepspeed.comm.all_reduce(size)
-            if int(size) < sum(math.prod(_shape(p)) for p in group.parameters):
+            if int(size) < sum(math.prod(whole_shape(p)) for p in group.parameters):
                 raise RuntimeError(f"DeepSpeed holds {int(size)} parameters of {group.name}, which are too few")
 
     def _per_group(self, tensors: Mapping[int, Any]) -> list[list[Tensor]]:
@@ -214,9 +229,28 @@ class TrainingEngine:
                 for tensor in tensors:
                     tensor.mul_(self._max_norm[group.part] / parts[group.part])
 
+    def _forget_whole(self) -> None:
+        """Before shares are changed: ZeRO-3 keeps some parameters whole from one pass to the next, and would compute
+        with what they were."""
+        if self._config.learner.zero_stage == 3:
+            self._optimizer.empty_partition_cache()
+
+    def _read_originals(self) -> list[Tensor]:
+        """This rank's share of what the model's files have in the places of the full matrices."""
+        files, shares = BaseFiles(self._config.model.path), []
+        for name, parameter in self._adapted.full.items():
+            held = _held(parameter)
+            flat = files.read(name).to(held.dtype).flatten()
+            if held.shape != whole_shape(parameter):  # partitioned, and the last rank's share padded
+                flat = nn.functional.pad(flat, (0, held.numel() * self._config.learner.world_size - flat.numel()))
+                flat = flat.narrow(0, held.numel() * deepspeed.comm.get_rank(), held.numel())
+            shares.append(flat.view(held.shape).to(held.device))
+        return shares
+
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for parameter, original in zip(self._adapted.full.values(), self._originals, strict=True):
+    def _exchange(self, originals: Sequence[Tensor]) -> None:
+        self._forget_whole()
+        for parameter, original in zip(self._adapted.full.values(), originals, strict=bool(originals)):
             held = _held(parameter)
             current = held.clone()
             held.copy_(original)
@@ -234,7 +268,13 @@ def _held(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter.data).detach()
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _set_scales(layers: Sequence[Any], scale: float) -> None:
+    for layer in layers:
+        for name in layer.scaling:
+            layer.set_scale(name, scale)
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Whole shape, also where ZeRO-3 holds a partition of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

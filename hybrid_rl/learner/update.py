@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_rl.algorithms import find_loss, kl_T, policy_objective
 from hybrid_rl.config import Config
 from hybrid_rl.flops import Flops
-from hybrid_rl.learner.batching import MicroBatch, collate, micro_batches
+from hybrid_rl.learner.batching import MicroBatch, collate, micro_batches, sampled
 from hybrid_rl.learner.engine import TrainingEngine, Update, part_norms
 from hybrid_rl.learner.layout import Layout
 from hybrid_rl.learner.logprobs import Entropy
@@ -82,7 +82,7 @@ class PolicyUpdate:
         indices = self._indices(sequences)
         shard = [collate([sequences[i] for i in some], self._layout, self._device) for some in indices]
         current = [self._logprobs(b) for b in shard]
-        with self._engine.base_policy():
+        with self._engine.only(()):
             reference = [self._logprobs(b) for b in shard]
         for some, b, now_T, then_T in zip(indices, shard, current, reference, strict=True):
             where_T = torch.tensor(some, dtype=torch.long, device=self._device)[b.sequence_T]
@@ -90,6 +90,21 @@ class PolicyUpdate:
                 total_N.index_add_(0, where_T, kl_T(self._algo.kl_estimator, now_T, then_T).double())
         torch.distributed.all_reduce(total_N)
         return total_N.tolist()
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[TrainSequence], parts: Collection[str]) -> list[list[float]]:
+        """Log-probability of each token that was sampled, by completion, under the policy with these `PARTS` alone."""
+        lengths = [len(sampled(s)) for s in sequences]
+        starts_N = torch.tensor(lengths, dtype=torch.long).cumsum(0) - torch.tensor(lengths, dtype=torch.long)
+        total_T = torch.zeros(sum(lengths), dtype=torch.float64, device=self._device)
+        with self._engine.only(parts):
+            for some in self._indices(sequences):
+                found_T = self._logprobs(collate([sequences[i] for i in some], self._layout, self._device))
+                if self._speaks:
+                    where = [t for i in some for t in range(int(starts_N[i]), int(starts_N[i]) + lengths[i])]
+                    total_T[where] = found_T.double()
+        torch.distributed.all_reduce(total_T)
+        return [part.tolist() for part in total_T.split(lengths)]
 
     def _backward(
         self,
@@ -136,7 +151,7 @@ class PolicyUpdate:
     def _reference_logprobs(self, shards: Sequence[Sequence[MicroBatch]]) -> list[list[Tensor] | None]:
         if not self._algo.needs_reference or self._algo.kl_in != "loss":
             return [None] * len(shards)
-        with self._engine.base_policy():
+        with self._engine.only(()):
             return [[self._logprobs(b) for b in shard] for shard in shards]
 
     def _indices(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
@@ -156,7 +171,7 @@ class PolicyUpdate:
         """Of the training passes, by this rank's clock; the FLOPs are those of all ranks."""
         sequences = [s for m in batch.mini_batches for s in m]
         lengths = [s.length for s in sequences]
-        predicted = sum(len(s.completion_ids) for s in sequences)
+        predicted = sum(len(sampled(s)) for s in sequences)
         epochs, seconds = self._config.batch.epochs, self._seconds["train"]
         ranks = self._config.learner.world_size
         tflops = epochs * self._flops.training(lengths, predicted) / seconds / ranks / 1e12

@@ -8,9 +8,10 @@ Every rank gets the same calls in the same order.
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,10 +19,9 @@ import deepspeed.comm
 import deepspeed.ops
 import torch
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import AutoModelForCausalLM
 
-from hybrid_rl.adaptation import apply_plan, parameter_groups
+from hybrid_rl.adaptation import PARTS, apply_plan, parameter_groups
 from hybrid_rl.algo import AlgoConfig
 from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
@@ -29,7 +29,7 @@ from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.flops import count_flops, peak_tflops
 from hybrid_rl.learner.assemble import weigh
 from hybrid_rl.learner.batching import collate
-from hybrid_rl.learner.engine import TrainingEngine
+from hybrid_rl.learner.engine import TrainingEngine, whole_shape
 from hybrid_rl.learner.layout import Layout, choose_layout
 from hybrid_rl.learner.logprobs import PolicyModel
 from hybrid_rl.learner.scorer import Scorer
@@ -38,13 +38,23 @@ from hybrid_rl.learner.update import PolicyUpdate
 from hybrid_rl.plan import AdaptationPlan, probe_plan, select_candidates
 from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
-from hybrid_rl.weight_sync import digest, encode_update
+from hybrid_rl.weight_sync import WEIGHTS, Meeting, Publisher, Transport, digest, lora_factors, open_store
 
 
 class LearnerWorker:
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, transport: Transport) -> None:
         self._config = config
         self._rank = rank
+        self._transport = transport
+        self._publisher = Publisher(
+            transport,
+            dtype=getattr(torch, config.model.dtype),
+            bucket_bytes=config.sync.bucket_mib * 2**20,
+            anchor_every=config.sync.anchor_every,
+            sparse=config.sync.encoding == "auto",
+        )
+        self._published = False
+        """Whether the publisher holds the policy as it is."""
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the process group at `address:port`, load the base model and find out how it may be computed.
@@ -84,7 +94,7 @@ class LearnerWorker:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if not torch.distributed.is_initialized():  # it is where vLLM shares this process
-            store = _rendezvous(address, port, self._rank, ranks)
+            store = open_store(address, port, serves=self._rank == 0, timeout=_JOIN_SECONDS)
             torch.distributed.init_process_group(backend, store=store, rank=self._rank, world_size=ranks)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,6 +144,7 @@ class LearnerWorker:
             )
             assert self._scorer.adapted is not None
             self._adapted = self._scorer.adapted
+            self._publisher.restart()
             self._read_policy()
 
     def _read_policy(self) -> None:
@@ -176,6 +187,7 @@ class LearnerWorker:
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         plan = AdaptationPlan.from_json(plan_json)
         self._adapted = apply_plan(self._model, plan)
+        self._publisher.restart()
         self._read_policy()
         groups = parameter_groups(self._adapted, plan)
         before = self._digests()
@@ -198,38 +210,84 @@ class LearnerWorker:
 
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
+        self._published = False
         return self._update.train(batch)
 
     def divergences(self, sequences: Sequence[TrainSequence]) -> list[float]:
         """Each completion's divergence from the base policy, summed over its tokens."""
         return self._update.divergences(sequences)
 
-    def export(self, version: int) -> WeightUpdate | None:
-        """The weight update of this version from rank 0, `None` from the others."""
-        with self._gathered():
+    def logprobs(self, sequences: Sequence[TrainSequence], parts: Collection[str]) -> list[list[float]]:
+        """Log-probability of each token that was sampled, by completion, under the policy with these `PARTS` alone."""
+        return self._update.logprobs(sequences, parts)
+
+    def export(self, version: int, parts: Collection[str] = PARTS) -> WeightUpdate | None:
+        """Publish the policy with these `PARTS` alone. Returns the update on rank 0, `None` on the others."""
+        with self._engine.only(parts) if self._built else nullcontext():
+            tensors = self._tensors(parts)
             if self._rank != 0:
+                deque(tensors, maxlen=0)
                 return None
-            full = dict(self._adapted.full)
-            lora = {name: (pair.a, pair.b, pair.scaling) for name, pair in self._adapted.lora.items()}
-            return encode_update(full, lora, version=version, dtype=self._dtype)
+            update = self._publisher.publish(tensors, version, self._adapter_rank)
+        self._published = set(parts) == set(PARTS)
+        return update
+
+    def join(self, meeting: Meeting) -> None:
+        """Meet the engines, for transports that send."""
+        if self._rank == 0:
+            self._transport.join(meeting, 0)
+
+    def send(self, updates: Sequence[WeightUpdate]) -> None:
+        """Send updates to the engines that are fetching them, for transports that send."""
+        if self._rank == 0:
+            self._transport.send([bucket.ticket for update in updates for bucket in update.buckets])
+
+    def perturb(self, seed: int, scale: float) -> None:
+        """Move every trained weight by `scale` times normal noise, as if it had been trained."""
+        self._published = False
+        self._engine.perturb(seed, scale)
 
     def save(self, directory: str) -> None:
-        """Write this rank's share of the optimizer and the trained weights under `directory`."""
+        """Write this rank's share of the optimizer and the trained weights under `directory`; rank 0 also writes the
+        trained tensors alone, as exported last (`WEIGHTS`).
+
+        Raises `RuntimeError` if they have changed since.
+        """
+        if self._rank == 0 and not self._published:
+            raise RuntimeError("the policy was not exported since it changed; export it, then save")
         self._engine.save(directory)
+        if self._rank == 0:
+            self._publisher.save(Path(directory) / WEIGHTS)
 
     def load(self, directory: str) -> None:
         """Read back what `save` wrote, with the same number of ranks and ZeRO stage."""
+        self._published = False
         self._engine.load(directory)
 
-    def _gathered(self) -> AbstractContextManager[Any]:
-        return self._engine.gathered() if hasattr(self, "_engine") else nullcontext()
+    @property
+    def _built(self) -> bool:
+        return hasattr(self, "_engine")
+
+    def _gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
+        return self._engine.gathered(*parameters) if self._built else nullcontext()
+
+    @property
+    def _adapter_rank(self) -> int:
+        return max((whole_shape(pair.a)[0] for pair in self._adapted.lora.values()), default=0)
+
+    def _tensors(self, parts: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Every trained tensor by its name in updates. One module is whole at a time, until the next is asked for."""
+        rank = self._adapter_rank
+        for name, parameter in self._adapted.full.items():
+            with self._gathered(parameter):
+                yield name, parameter
+        for module, pair in self._adapted.lora.items():
+            with self._gathered(pair.a, pair.b):
+                scaling = pair.scaling if "lora" in parts else 0.0
+                yield from lora_factors({module: (pair.a, pair.b, scaling)}, rank).items()
 
     def _digests(self) -> Mapping[str, str]:
-        with self._gathered():
-            parameters = dict(self._adapted.full)
-            for name, pair in self._adapted.lora.items():
-                parameters |= {f"{name}.A": pair.a, f"{name}.B": pair.b}
-            return {name: digest(p.to(self._dtype)) for name, p in parameters.items()}
+        return {name: digest(tensor.to(self._dtype)) for name, tensor in self._tensors(PARTS)}
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
@@ -242,14 +300,5 @@ def _switch_off_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _rendezvous(address: str, port: int, rank: int, world_size: int) -> TCPStore:
-    """The store where ranks meet. Rank 0 serves it on `address` alone; torch by itself listens on every interface."""
-    serves = rank == 0
-    listener = socket.create_server((address, port)) if serves else None
-    return TCPStore(
-        address,
-        port,
-        world_size,
-        is_master=serves,
-        master_listen_fd=listener.detach() if listener else None,  # the store closes it
-    )
+_JOIN_SECONDS = 300.0
+"""Longest that a rank waits for the store where ranks meet."""

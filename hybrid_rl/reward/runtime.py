@@ -7,23 +7,17 @@ completion costs only itself. A completion without a score is left out of traini
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
-
-from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
-from hybrid_rl.reward.plugin import call_plugin, missing_columns, preload
+from hybrid_rl.config import RewardConfig, RewardSpec
+from hybrid_rl.plugins import GIVE_UP_AFTER, Failure, PluginProcesses
+from hybrid_rl.reward.plugin import call_plugin
 from hybrid_rl.types import Completion, Prompt, ScoredGroup
 
 logger = logging.getLogger(__name__)
-START_SECONDS = 120.0
-"""Longest that importing a plugin may take."""
-_GIVE_UP_AFTER = 8
-"""Failures in a row after which a plugin that has not scored anything is taken for broken."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +29,25 @@ class Scored:
     """`timeout`, `error`, `crash` -> completions without a score for that reason."""
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Why a completion has no score."""
-
-    kind: str
-    detail: str
-
-
 class RewardPool:
     """Worker processes that call the reward plugins."""
 
     def __init__(self, specs: Sequence[RewardSpec], settings: RewardConfig, *, chat: bool = False) -> None:
         """`chat`: completions and prompts are handed to the plugins as chat messages, as TRL does."""
         self._specs = list(specs)
-        self._timeout = settings.timeout
         self._chat = chat
-        self._workers = settings.workers
-        self._pool = self._start()
+        self._processes = PluginProcesses(
+            [spec.plugin for spec in specs], workers=settings.workers, timeout=settings.timeout
+        )
 
     def check(self, columns: Sequence[str]) -> None:
         """Import every plugin, in a worker. Raises `ConfigError` if one is missing or wants a column that is not."""
         for spec in self._specs:
-            try:
-                missing = self._pool.schedule(
-                    missing_columns, args=(spec.plugin, list(columns)), timeout=START_SECONDS
-                ).result()
-            except (Exception, ProcessExpired) as error:
-                raise ConfigError(f"rewards: plugin {spec.plugin!r} cannot be loaded: {error}") from None
-            if missing:
-                raise ConfigError(
-                    f"rewards: plugin {spec.plugin!r} needs the column {missing[0]!r}; the data has {sorted(columns)}. "
-                    "Map one to it with data.columns"
-                )
+            self._processes.check(spec.plugin, ["completions", "prompts", *columns], setting="rewards")
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> Scored:
-        """Score every completion with every plugin. A completion on which any plugin failed has no reward.
+        """Score every completion with every plugin. A completion on which any plugin failed has no reward, nor has one
+        whose environment failed, whatever its parts.
 
         Raises `RuntimeError` if a plugin failed on every completion: it is broken.
         """
@@ -79,35 +56,36 @@ class RewardPool:
         scored = []
         for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
             rows = [[results[spec.plugin][i][j] for spec in self._specs] for j in range(len(group))]
-            for failure in (entry for row in rows for entry in row if isinstance(entry, _Failure)):
+            for failure in (entry for row in rows for entry in row if isinstance(entry, Failure)):
                 faults[failure.kind] += 1
             parts = {
-                spec.plugin: tuple(None if isinstance(e, _Failure) else e for e in results[spec.plugin][i])
+                spec.plugin: tuple(None if isinstance(e, Failure) else e for e in results[spec.plugin][i])
                 for spec in self._specs
             }
-            scored.append(ScoredGroup(prompt, tuple(group), tuple(self._total(row) for row in rows), parts))
+            totals = [self._total(row) for row in rows]
+            rewards_G = [None if c.finish_reason == "environment" else r for c, r in zip(group, totals, strict=True)]
+            scored.append(ScoredGroup(prompt, tuple(group), tuple(rewards_G), parts))
         return Scored(scored, faults)
 
     def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
+        self._processes.close()
 
     def _score_with(
         self, plugin: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
-    ) -> list[list[float | _Failure | None]]:
+    ) -> list[list[float | Failure | None]]:
         """Each group's scores; the completions of a group whose call failed are scored one by one."""
-        scores: list[list[float | _Failure | None]] = []
+        scores: list[list[float | Failure | None]] = []
         again: list[tuple[int, int]] = []
         for i, outcome in enumerate(self._call(plugin, list(zip(prompts, groups, strict=True)))):
-            failed = isinstance(outcome, _Failure)
+            failed = isinstance(outcome, Failure)
             scores.append([outcome] * len(groups[i]) if failed else list(outcome))
             again += [(i, j) for j in range(len(groups[i]))] if failed else []
         alone = self._call(
             plugin, [(prompts[i], [groups[i][j]]) for i, j in again], give_up=len(again) == _count(groups)
         )
         for (i, j), outcome in zip(again, alone, strict=True):
-            scores[i][j] = outcome if isinstance(outcome, _Failure) else outcome[0]
-        failures = [entry for row in scores for entry in row if isinstance(entry, _Failure)]
+            scores[i][j] = outcome if isinstance(outcome, Failure) else outcome[0]
+        failures = [entry for row in scores for entry in row if isinstance(entry, Failure)]
         if failures:
             logger.warning("%s: %d completions without a score (%s)", plugin, len(failures), failures[-1].detail)
         if failures and len(failures) == _count(groups):
@@ -116,53 +94,26 @@ class RewardPool:
 
     def _call(
         self, plugin: str, calls: Sequence[tuple[Prompt, Sequence[Completion]]], *, give_up: bool = False
-    ) -> list[list[float | None] | _Failure]:
+    ) -> list[list[float | None] | Failure]:
         """Run all calls at once over the workers. `give_up`: after the first few have all failed, take the rest for
         failed too, instead of waiting for each one's time limit."""
         futures = [self._schedule(plugin, prompt, group) for prompt, group in calls]
-        outcomes: list[list[float | None] | _Failure] = []
+        outcomes: list[list[float | None] | Failure] = []
         for future in futures:
-            hopeless = give_up and len(outcomes) >= _GIVE_UP_AFTER and all(isinstance(o, _Failure) for o in outcomes)
+            hopeless = give_up and len(outcomes) >= GIVE_UP_AFTER and all(isinstance(o, Failure) for o in outcomes)
             if hopeless:
                 future.cancel()
                 outcomes.append(outcomes[-1])
             else:
-                outcomes.append(self._outcome(plugin, future))
+                outcomes.append(self._processes.outcome(plugin, future))
         return outcomes
 
-    def _outcome(self, plugin: str, future: Any) -> list[float | None] | _Failure:
-        try:
-            return future.result()
-        except FutureTimeout:
-            return _Failure("timeout", f"{plugin} took more than reward.timeout={self._timeout:g} s")
-        except ProcessExpired as crash:
-            return _Failure("crash", f"the process of {plugin} ended with status {crash.exitcode}")
-        except Exception as error:  # whatever the user's code raises
-            return _Failure("error", f"{plugin} raised {type(error).__name__}: {error}")
-
-    def _schedule(self, plugin: str, prompt: Prompt, group: Sequence[Completion]) -> Any:
+    def _schedule(self, plugin: str, prompt: Prompt, group: Sequence[Completion]) -> Future[Any]:
         size = len(group)
         columns = {name: [value] * size for name, value in prompt.columns.items() if name != "prompt"}
         prompts: list[Any] = [self._as_prompt(prompt)] * size
         completions = [self._as_completion(completion) for completion in group]
-        arguments = (plugin, prompts, completions, columns)
-        try:
-            return self._pool.schedule(call_plugin, args=arguments, timeout=self._timeout)
-        except RuntimeError:  # the pool broke: an idle worker was killed from outside
-            logger.warning("the reward processes died while idle; starting new ones")
-            self._pool.stop()
-            self._pool = self._start()
-            return self._pool.schedule(call_plugin, args=arguments, timeout=self._timeout)
-
-    def _start(self) -> ProcessPool:
-        """Workers import the plugins before they take work, so that no call's time limit pays for it."""
-        return ProcessPool(
-            max_workers=self._workers,
-            initializer=preload,
-            initargs=([spec.plugin for spec in self._specs],),
-            # Not fork: the driver has threads, and a plugin must not see its memory.
-            context=multiprocessing.get_context("spawn"),
-        )
+        return self._processes.schedule(call_plugin, plugin, prompts, completions, columns)
 
     def _as_prompt(self, prompt: Prompt) -> Any:
         return [{"role": "user", "content": prompt.columns["prompt"]}] if self._chat else prompt.text
@@ -170,9 +121,9 @@ class RewardPool:
     def _as_completion(self, completion: Completion) -> Any:
         return [{"role": "assistant", "content": completion.text}] if self._chat else completion.text
 
-    def _total(self, scores: Sequence[float | _Failure | None]) -> float | None:
+    def _total(self, scores: Sequence[float | Failure | None]) -> float | None:
         """Weighted sum over the rewards that apply; `None` where none does, or where any failed."""
-        if any(isinstance(s, _Failure) for s in scores):
+        if any(isinstance(s, Failure) for s in scores):
             return None
         terms = [spec.weight * s for spec, s in zip(self._specs, scores, strict=True) if isinstance(s, float)]
         return sum(terms) if terms else None

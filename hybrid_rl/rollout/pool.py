@@ -1,22 +1,80 @@
-"""Several rollout engines as one: prompts shared out, dead engines replaced, weights kept current."""
+"""Several rollout engines as one: requests shared out by tokens, engines that fail replaced, weights kept current.
+
+The pool does something only while one of its methods runs: an engine works through a slice of time, answers with what
+it finished, and is given the next slice. So nothing waits on an engine without a limit, and an update meets every
+engine between two slices. An engine that is replaced loads the base model, is brought to the current weights, proves it
+by its receipt, and only then serves.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
-from hybrid_rl.types import Completion, Pending, Prompt, Receipt, Sampling, WorkerDied, WorkerHandle
+from hybrid_rl.types import (
+    Completion,
+    Pending,
+    Progress,
+    Receipt,
+    Request,
+    WeightUpdate,
+    WorkerDied,
+    WorkerHandle,
+    wait_any,
+)
+from hybrid_rl.weight_sync import SyncMismatch, SyncTimeout, UpdateRefused, verify_receipts
 
 logger = logging.getLogger(__name__)
 
+_SLICE_SECONDS = 0.5
+"""Longest that an engine works between two answers, but for one step of it."""
+_BACKUP_SECONDS = 10.0
+"""A request is given to a second, idle engine too after this long, if that is several times what others took."""
+_BACKUP_FACTOR = 4.0
+
+_MENDABLE = (UpdateRefused, SyncTimeout)
+"""What sending everything again may mend."""
+
+_Doing = Literal["start", "apply", "repair", "advance", "sleep", "wake"]
+
+
+@dataclass
+class _Slot:
+    """One engine's place."""
+
+    index: int
+    engine: WorkerHandle
+    version: int | None = None
+    """What it holds by its last verified receipt; `None` for the base model, or what is not known."""
+    serves: bool = False
+    holds: dict[str, float] = field(default_factory=dict)
+    """Requests that it was given and has not answered -> when it got them."""
+    fresh: list[Request] = field(default_factory=list)
+    """Those of them that go with the next call."""
+    cancelled: list[str] = field(default_factory=list)
+    doing: _Doing = "start"
+    pending: Pending | None = None
+    limit: float = 0.0
+    """Seconds that the call under way may take."""
+    deadline: float = 0.0
+
+
+class Courier(Protocol):
+    """Takes updates to engines that cannot fetch them by themselves."""
+
+    def bring(self, engines: Sequence[WorkerHandle], updates: Sequence[WeightUpdate]) -> None:
+        """Begin to send `updates` to just these engines, which are asked to apply them next."""
+        ...
+
 
 class RolloutPool:
-    """Every call either returns complete results or raises; a dead engine costs time, never a prompt.
-
-    A replacement starts from the base model and is brought to the current weights before it serves.
-    """
+    """No prompt is lost or answered twice, whatever engines do; what cannot be mended raises."""
 
     def __init__(
         self,
@@ -25,87 +83,280 @@ class RolloutPool:
         *,
         max_restarts: int,
         timeout: float,
-        verify: Callable[[Sequence[Receipt]], int],
+        start_timeout: float,
+        max_concurrent: int,
+        verify: bool = True,
+        courier: Courier | None = None,
     ) -> None:
-        """`spawn(i)` starts engine i; `verify` checks receipts against the update in force and counts the engines."""
+        """`spawn(i)` starts engine i, of which each decodes `max_concurrent` sequences at once. Times in seconds.
+        `courier`: where the transport sends."""
         self._spawn = spawn
-        self._engines = [spawn(i) for i in range(engines)]
-        self._timeout = timeout
+        self._timeout, self._start_timeout = timeout, start_timeout
+        self._most_sequences = 2 * max_concurrent  # so that an engine always has the next ones at hand
         self._restarts_left = max_restarts
-        self._verify = verify
-        self._update: Any = None
+        self._check_receipts, self._courier = verify, courier
+        self._queue: deque[Request] = deque()
+        self._asked: dict[str, Request] = {}
+        self._finished: dict[str, tuple[Completion, ...]] = {}
+        self._latencies: deque[float] = deque(maxlen=64)
+        self._log: list[WeightUpdate] = []
+        """The last anchor and all updates since: what a replaced engine needs."""
+        self._draining = False
         self.version = 0
-        """Weight version that every engine serves."""
+        """Weight version that every serving engine has."""
         self.restarts = 0
         """Engines replaced so far."""
+        self.backups = 0
+        """Requests given to a second engine so far, since the first was slow."""
+        self.repairs = 0
+        """Engines so far that did not hold what they were sent, and were sent everything again."""
+        self._slots = [_Slot(i, spawn(i)) for i in range(engines)]
+        for slot in self._slots:
+            self._call(slot, "start", "info")
 
     def wait_ready(self) -> None:
         """Wait until every engine has loaded its model."""
-        self._on_all("info")
+        while not all(slot.serves for slot in self._slots):
+            self.poll(1.0)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """`sampling.n` completions of each prompt, in order."""
-        seeds = [prompt_seed(sampling.seed, p.id) for p in prompts]
-        shares = [range(i, len(prompts), len(self._engines)) for i in range(len(self._engines))]
-        requests = [([prompts[j].token_ids for j in s], sampling, [seeds[j] for j in s]) for s in shares]
-        results = self._on_each("generate", requests)
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        for share, share_groups in zip(shares, results, strict=True):
-            for j, group in zip(share, share_groups, strict=True):
-                groups[j] = group
-        stale = {c.weight_version for group in groups for c in group} - {self.version}
-        if stale:
-            raise RuntimeError(
-                f"engines answered with weights of version {stale.pop()}, the policy's is {self.version}"
-            )
-        return groups
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._asked)
 
-    def update(self, update: Any, version: int) -> int:
-        """Bring every engine to `update` (a `WeightUpdate`, or a reference to one). Returns how many were verified."""
-        self._update, self.version = update, version
-        return self._verify(self._on_all("apply_update", update))
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. Their ids must be new."""
+        for request in requests:
+            if request.id in self._asked or request.id in self._finished:
+                raise ValueError(f"request {request.id} was submitted before")
+            self._asked[request.id] = request
+            self._queue.append(request)
 
-    def _on_all(self, method: str, *args: Any) -> list[Any]:
-        return self._on_each(method, [args] * len(self._engines))
+    def ask_each(self, requests: Sequence[Request]) -> dict[int, list[tuple[Completion, ...]]]:
+        """The same requests to every serving engine, beside what it is doing. Returns the answers by engine; if
+        one died meanwhile, another's are in their place."""
+        while not (engines := [slot for slot in self._slots if slot.serves]):
+            self.poll(1.0)
+        names = {slot.index: [f"{r.id}@{slot.index}" for r in requests] for slot in engines}
+        for slot in engines:
+            for name, request in zip(names[slot.index], requests, strict=True):
+                self._asked[name] = replace(request, id=name)
+                self._give(slot, self._asked[name])
+        while any(name in self._asked for each in names.values() for name in each):
+            self.poll(1.0)
+        return {index: [self._finished.pop(name) for name in each] for index, each in names.items()}
 
-    def _on_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call `method` on every engine with its own arguments; what a dead engine was doing is done again."""
-        pending = [self._submit(i, method, args) for i, args in enumerate(arguments)]
-        return [self._finish(i, method, args, pending[i]) for i, args in enumerate(arguments)]
+    def take_finished(self) -> dict[str, tuple[Completion, ...]]:
+        """What was answered since the last call, by request id."""
+        finished, self._finished = self._finished, {}
+        return finished
 
-    def _submit(self, index: int, method: str, args: tuple[Any, ...]) -> Pending | None:
+    def poll(self, seconds: float) -> None:
+        """Give the engines work and take their answers; returns after about `seconds`, or once one has answered."""
+        self._share_out()
+        for slot in self._slots:
+            if slot.serves and slot.pending is None and (slot.holds or slot.cancelled):
+                requests, slot.fresh = slot.fresh, []
+                cancelled, slot.cancelled = slot.cancelled, []
+                self._call(slot, "advance", "advance", requests, cancelled, _SLICE_SECONDS)
+        self._collect(seconds)
+
+    def update(self, update: WeightUpdate, in_flight: str = "keep") -> int:
+        """Bring every engine to `update`. Returns how many receipts were verified: of all engines but those that are
+        being replaced, which are verified before they serve.
+
+        Raises `SyncMismatch` if an engine does not hold it even after everything was sent again.
+        """
+        if in_flight == "wait":
+            self._drain()
+            in_flight = "keep"
+        self._log = [*([] if update.base_version is None else self._log), update]
+        self.version = update.version
+        self._settle()
+        self._apply([slot for slot in self._slots if slot.serves], in_flight)
+        self._settle()
+        return sum(slot.serves and slot.version == self.version for slot in self._slots) * self._check_receipts
+
+    def sleep(self) -> None:
+        """Have every engine release its memory."""
+        self._on_serving("sleep")
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self._on_serving("wake")
+
+    def _on_serving(self, what: Literal["sleep", "wake"]) -> None:
+        """Make a call on every serving engine, once its slice is over, and wait for it."""
+        self._settle()
+        for slot in self._slots:
+            if slot.serves:
+                self._call(slot, what, what)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until no serving engine has a call under way."""
+        while any(slot.serves and slot.pending is not None for slot in self._slots):
+            self._collect(1.0)
+
+    def _drain(self) -> None:
+        """Finish what engines hold; queued requests stay queued."""
+        self._draining = True
         try:
-            return self._engines[index].submit(method, *args)
-        except WorkerDied:
-            return None
+            while any(slot.holds for slot in self._slots):
+                self.poll(1.0)
+        finally:
+            self._draining = False
 
-    def _finish(self, index: int, method: str, args: tuple[Any, ...], pending: Pending | None) -> Any:
-        while True:
+    def _share_out(self) -> None:
+        """Queued requests to the engine with the fewest tokens to do, as long as one has room."""
+        serving = [slot for slot in self._slots if slot.serves]
+        while self._queue and serving and not self._draining:
+            request = self._queue[0]
+            slot = min(serving, key=self._tokens)
+            held = sum(self._asked[name].sampling.n for name in slot.holds)
+            if held and held + request.sampling.n > self._most_sequences:
+                return
+            self._give(slot, self._queue.popleft())
+        if not self._queue:
+            self._back_up(serving)
+
+    def _back_up(self, serving: Sequence[_Slot]) -> None:
+        """Give what a slow engine does not finish to an idle one too; the first answer counts."""
+        idle = [slot for slot in serving if not slot.holds]
+        if not idle or not self._latencies:
+            return
+        limit = max(_BACKUP_SECONDS, _BACKUP_FACTOR * statistics.median(self._latencies))
+        holders: dict[str, list[_Slot]] = {}
+        for slot in self._slots:
+            for name in slot.holds:
+                holders.setdefault(name, []).append(slot)
+        late = [n for n, slots in holders.items() if len(slots) == 1 and _now() - slots[0].holds[n] > limit]
+        for slot, name in zip(idle, late, strict=False):
+            logger.warning("rollout engine %d is slow with %s; giving it to another too", holders[name][0].index, name)
+            self.backups += 1
+            self._give(slot, self._asked[name])
+
+    def _tokens(self, slot: _Slot) -> int:
+        """Tokens of what it holds, were every completion as long as it may be."""
+        requests = [self._asked[name] for name in slot.holds]
+        return sum(len(r.prompt_ids) + r.sampling.n * r.sampling.max_tokens for r in requests)
+
+    def _give(self, slot: _Slot, request: Request) -> None:
+        slot.holds[request.id] = _now()
+        slot.fresh.append(request)
+
+    def _call(self, slot: _Slot, doing: _Doing, method: str, *args: Any) -> None:
+        slot.doing, slot.limit = doing, self._start_timeout if doing == "start" else self._timeout
+        slot.deadline = _now() + slot.limit
+        try:
+            slot.pending = slot.engine.submit(method, *args)
+        except WorkerDied as death:
+            self._replace(slot, str(death))
+        except _MENDABLE as failure:  # workers in this process answer at once
+            self._mend(slot, doing, failure)
+
+    def _collect(self, seconds: float) -> None:
+        """Wait for an answer for at most `seconds`, and take all that are there."""
+        waiting = [slot for slot in self._slots if slot.pending is not None]
+        if not waiting:
+            return
+        wait_any([slot.pending for slot in waiting if slot.pending is not None], seconds)
+        for slot in waiting:
+            if slot.pending is not None and slot.pending.ready(0):
+                self._take(slot)
+            elif _now() > slot.deadline:
+                self._replace(slot, f"no answer for {slot.limit:g} s")
+
+    def _take(self, slot: _Slot) -> None:
+        """Take a slot's answer, and do what follows from it."""
+        assert slot.pending is not None
+        pending, slot.pending = slot.pending, None
+        try:
+            answer = pending.result(0)
+        except WorkerDied as death:
+            return self._replace(slot, str(death))
+        except _MENDABLE as failure:
+            return self._mend(slot, slot.doing, failure)
+        if slot.doing == "start":
+            if self._log:
+                self._apply([slot], "keep")
+            else:
+                slot.serves = True
+        elif slot.doing in ("apply", "repair"):
+            self._verify(slot, answer)
+        elif slot.doing == "advance":
+            self._receive(slot, answer)
+
+    def _apply(self, slots: Sequence[_Slot], in_flight: str, doing: _Doing = "apply") -> None:
+        """Send the last update, or all since the anchor where that is not what an engine's version leads to."""
+        last = self._log[-1]
+        direct = [s for s in slots if s.version is not None and s.version == last.base_version]
+        for takers, updates in ((direct, [last]), ([s for s in slots if s not in direct], list(self._log))):
+            if takers and self._courier is not None:
+                self._courier.bring([slot.engine for slot in takers], updates)
+            for slot in takers:
+                self._call(slot, doing, "apply_updates", updates, in_flight)
+
+    def _verify(self, slot: _Slot, receipt: Receipt) -> None:
+        if self._check_receipts:
             try:
-                if pending is not None:
-                    return pending.result(self._timeout)
-                self._restart(index)
-                pending = self._submit(index, method, args)
-            except WorkerDied as death:
-                logger.warning("rollout engine %d died during %s (%s); replacing it", index, method, death)
-                pending = None
+                verify_receipts(self._log[-1], [receipt])
+            except SyncMismatch as mismatch:
+                return self._mend(slot, slot.doing, mismatch)
+        slot.version, slot.serves = receipt.version, True
 
-    def _restart(self, index: int) -> None:
+    def _mend(self, slot: _Slot, doing: _Doing, why: Exception) -> None:
+        """Send everything again, once."""
+        slot.version = None
+        if doing == "repair":
+            raise why
+        logger.warning("%s; sending rollout engine %d everything again", why, slot.index)
+        self.repairs += 1
+        self._apply([slot], "recompute", "repair")
+
+    def _receive(self, slot: _Slot, progress: Progress) -> None:
+        if progress.version != (slot.version or 0):
+            raise RuntimeError(
+                f"engine {slot.index} answered with weights of version {progress.version}, it should have "
+                f"{slot.version or 0}"
+            )
+        for name, completions in progress.finished.items():
+            started = slot.holds.pop(name, None)
+            if name not in self._asked:  # another engine was faster, by less than the time to say so
+                continue
+            if started is not None:
+                self._latencies.append(_now() - started)
+            self._finished[name] = completions
+            del self._asked[name]
+            for other in self._slots:
+                if other.holds.pop(name, None) is not None:
+                    other.fresh = [r for r in other.fresh if r.id != name]
+                    other.cancelled.append(name)
+
+    def _replace(self, slot: _Slot, why: str) -> None:
+        """Start another engine in its place; what it held is queued again, first."""
         if self._restarts_left == 0:
             raise RuntimeError(
-                f"rollout engine {index} died and rollout.max_restarts replacements are used up; "
-                "its log tells why, raise the setting if the cause is outside the run"
+                f"rollout engine {slot.index} failed ({why}) and rollout.max_restarts replacements are used up; "
+                "its log tells more, raise the setting if the cause is outside the run"
             )
+        logger.warning("rollout engine %d failed during %s (%s); replacing it", slot.index, slot.doing, why)
         self._restarts_left -= 1
         self.restarts += 1
-        self._engines[index].kill()
-        self._engines[index] = self._spawn(index)
-        if self._update is not None:
-            receipt = self._engines[index].submit("apply_update", self._update).result(self._timeout)
-            self._verify([receipt])
+        elsewhere = {name for other in self._slots if other is not slot for name in other.holds}
+        self._queue.extendleft(self._asked[n] for n in reversed(slot.holds) if n not in elsewhere and n in self._asked)
+        slot.engine.kill()
+        slot.holds, slot.fresh, slot.cancelled = {}, [], []
+        slot.version, slot.serves, slot.pending = None, False, None
+        slot.engine = self._spawn(slot.index)
+        self._call(slot, "start", "info")
 
 
 def prompt_seed(run_seed: int, prompt_id: str) -> int:
     """Seed of one prompt's sampling, from the run's (or step's) seed and the prompt's id. 31 bits."""
     digest = hashlib.blake2b(f"{run_seed}/{prompt_id}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
+
+
+def _now() -> float:
+    return time.monotonic()

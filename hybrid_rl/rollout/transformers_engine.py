@@ -1,136 +1,264 @@
-"""The engine for debugging and for architectures that vLLM cannot serve: transformers' own `generate`."""
+"""The engine for debugging and for architectures that vLLM cannot serve: transformers' model, one request at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
-from hybrid_rl.adaptation import AdaptedModel, apply_plan, remove_adapters
-from hybrid_rl.plan import AdaptationPlan, PlannedModule, Treatment
+from hybrid_rl.adaptation import apply_plan, remove_adapters
+from hybrid_rl.config import ConfigError
+from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.rollout.engine import EngineSettings
-from hybrid_rl.types import Completion, Receipt, Sampling, WeightUpdate
-from hybrid_rl.weight_sync import decode_update, digest, lora_names
+from hybrid_rl.types import Completion, Progress, Receipt, Request, WeightUpdate
+from hybrid_rl.weight_sync import Meeting
+from hybrid_rl.weight_sync.apply import HeldWeights, NotServed, Piece, assemble
+from hybrid_rl.weight_sync.base import BaseFiles
+from hybrid_rl.weight_sync.chain import Updates
+
+
+@dataclass
+class _Row:
+    """One completion under way."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: str | None = None
+    """Why it ended, once it has."""
+
+
+@dataclass
+class _Run:
+    """A request; its completions are decoded together, those that have ended too, until all have."""
+
+    request: Request
+    started: float
+    rows: list[_Row]
+    generator: torch.Generator
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """(Token, version): the weights that sampled from this token on."""
+    cache: dict[str, Any] | None = None
+    """What the model wants beside tokens, `None` until the prompt was read."""
 
 
 class TransformersEngine:
-    """`RolloutEngine` on transformers. It holds the base model with the plan applied, its adapter scaled by 1."""
+    """`RolloutEngine` on transformers."""
 
     def __init__(self, settings: EngineSettings) -> None:
+        if settings.tensor_parallel > 1:
+            raise ConfigError(
+                f"rollout.tensor_parallel={settings.tensor_parallel}: rollout.engine=transformers runs in one process"
+            )
         self._settings = settings
-        self._version = 0
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._tokenizer = AutoTokenizer.from_pretrained(
             settings.model_path, trust_remote_code=settings.trust_remote_code
         )
+        dtype = getattr(torch, settings.dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            settings.model_path,
-            dtype=getattr(torch, settings.dtype),
-            trust_remote_code=settings.trust_remote_code,
+            settings.model_path, dtype=dtype, trust_remote_code=settings.trust_remote_code
         )
         self._model = model.to(self._device).eval()
-        self._adapted: AdaptedModel | None = None
-        self._names: frozenset[str] = frozenset()
-        self._stop: tuple[str, ...] = ()
+        self._updates = Updates(settings.transport)
+        layout = _Layout(self._model, settings)
+        self._weights = HeldWeights(layout, BaseFiles(settings.model_path), settings.adapter, dtype)
+        try:
+            self._weights.check(settings.lora_modules)
+        except NotServed as error:
+            raise ConfigError(
+                f"sync.adapter={settings.adapter}: {error}; leave the module out with plan.exclude"
+            ) from error
+        self._runs: deque[_Run] = deque()
+        self._finished: dict[str, tuple[Completion, ...]] = {}
+        self._asleep = False
         eos = self._model.generation_config.eos_token_id
         eos = eos if eos is not None else self._tokenizer.eos_token_id
         self._eos = set(eos if isinstance(eos, list) else [eos])
-        self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else min(self._eos)
+
+    def advance(self, requests: Sequence[Request], cancelled: Sequence[str], seconds: float) -> Progress:
+        self._ensure_ready()
+        self._runs = deque(run for run in self._runs if run.request.id not in cancelled)
+        for name in cancelled:
+            self._finished.pop(name, None)
+        for request in requests:
+            generator = torch.Generator(self._device).manual_seed(request.seed)
+            rows = [_Row() for _ in range(request.sampling.n)]
+            self._runs.append(_Run(request, time.monotonic(), rows, generator))
+        self._work(time.monotonic() + seconds)
+        finished, self._finished = self._finished, {}
+        return Progress(finished, self._updates.version)
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
-        """Prompts are run one at a time, so that each one's seed decides its completions alone."""
-        self._stop = sampling.stop
-        greedy = sampling.temperature == 0
-        sample: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        # Complete, so that nothing of the model's own generation settings (penalties, top_k) shapes the samples.
-        settings = GenerationConfig(
-            do_sample=not greedy,
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=sorted(self._eos),
-            pad_token_id=self._pad,
-            stop_strings=list(sampling.stop) or None,
-            output_logits=greedy,
-            output_scores=not greedy,
-            return_dict_in_generate=True,
-            **({} if greedy else sample),
-        )
-        groups = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            torch.manual_seed(seed)
-            ids = torch.tensor([list(prompt)] * sampling.n, device=self._device)
-            output = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=settings,
-                tokenizer=self._tokenizer if sampling.stop else None,
-            )
-            scores_T_N_V = torch.stack(output.logits if greedy else output.scores).float()
-            chosen_N_T = output.sequences[:, len(prompt) :]
-            logprobs_N_T = torch.log_softmax(scores_T_N_V, -1).transpose(0, 1).gather(-1, chosen_N_T[..., None])[..., 0]
-            groups.append(
-                [self._completion(*row) for row in zip(chosen_N_T.tolist(), logprobs_N_T.tolist(), strict=True)]
-            )
-        return groups
+    def apply_updates(self, updates: Sequence[WeightUpdate], in_flight: str = "keep") -> Receipt:
+        self._updates.check_chain(updates)
+        if self._asleep:
+            raise RuntimeError("the engine is asleep; wake it before an update")
+        self._updates.apply(updates, self._weights)
+        if in_flight == "recompute":
+            self._forget_caches()
+        held = self._weights
+        return Receipt(self._settings.name, self._updates.version, held.digests(), held.adapter)
 
-    def apply_update(self, update: WeightUpdate) -> Receipt:
-        full, lora = decode_update(update)
-        adapted = self._adapt(full, lora, update.adapter_rank)
-        holders: dict[str, Tensor] = dict(adapted.full)
-        for module, pair in adapted.lora.items():
-            name_a, name_b = lora_names(module)
-            holders |= {name_a: pair.a, name_b: pair.b}
-        with torch.no_grad():
-            for name, tensor in {**full, **lora}.items():
-                holders[name].copy_(tensor)
-        self._version = update.version
-        return Receipt(self._settings.name, self._version, {name: digest(holders[name]) for name in update.digests})
+    def join(self, meeting: Meeting, rank: int) -> None:
+        self._updates.join(meeting, rank)
+
+    def sleep(self) -> None:
+        """On a CPU, the weights stay where they are."""
+        self._forget_caches()
+        if self._device.type == "cuda":
+            self._move("cpu")
+            torch.cuda.empty_cache()
+        self._asleep = True
+
+    def wake(self) -> None:
+        self._move(self._device)
+        self._asleep = False
 
     def info(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "version": self._version, "engine": self._settings.name}
+        return {
+            "pid": os.getpid(),
+            "version": self._updates.version,
+            "engine": self._settings.name,
+            "adapter": self._weights.adapter,
+        }
 
-    def _adapt(self, full: Mapping[str, Tensor], lora: Mapping[str, Tensor], rank: int) -> AdaptedModel:
-        """Build the adapted model that the update describes, unless the last one described the same.
+    def _ensure_ready(self) -> None:
+        self._updates.ensure_whole()
+        if self._asleep:
+            raise RuntimeError("the engine is asleep")
 
-        Raises `RuntimeError` if a weight that an earlier update replaced is not in this one: its base value is gone.
-        """
-        names = frozenset((*full, *lora))
-        if self._adapted is None or names != self._names:
-            if self._adapted is not None:
-                lost = sorted(self._adapted.full.keys() - full.keys())
-                if lost:
-                    raise RuntimeError(f"the update lacks {lost[0]}, which an earlier one replaced")
-                remove_adapters(self._model)
-            self._names = names
-            modules = [_planned(name.removesuffix(".weight"), "full", None) for name in full]
-            modules += [
-                _planned(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), "lora", rank)
-                for name in lora
-                if name.endswith(".lora_A.weight")
-            ]
-            plan = AdaptationPlan(self._settings.model_path, "", {}, self._settings.seed, tuple(modules))
-            self._adapted = apply_plan(self._model, plan)
-            self._model.to(self._device)
-        return self._adapted
+    def _move(self, device: torch.device | str) -> None:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            tensor.data = tensor.data.to(device)
 
-    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
-        end = next((i + 1 for i, token in enumerate(token_ids) if token in self._eos), None)
-        if end is None and token_ids[-1] == self._pad:  # ended by a stop string, then padded
-            end = max(i + 1 for i, token in enumerate(token_ids) if token != self._pad)
-        kept = token_ids[:end]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        for stop in self._stop:
-            text, found, _ = text.partition(stop)
-            end = len(kept) if found else end
-        return Completion(text, tuple(kept), tuple(logprobs[:end]), "length" if end is None else "stop", self._version)
+    def _forget_caches(self) -> None:
+        for run in self._runs:
+            run.cache = None
+
+    def _work(self, deadline: float) -> None:
+        """Sample tokens until `deadline`, at least one, or until nothing is under way."""
+        while self._runs:
+            self._step(self._runs[0])
+            now = time.monotonic()
+            for run in list(self._runs):
+                limit = run.request.sampling.max_seconds
+                if limit is not None and now - run.started >= limit:
+                    for row in run.rows:
+                        row.reason = row.reason or "time"
+                if all(row.reason for row in run.rows):
+                    self._runs.remove(run)
+                    self._finished[run.request.id] = tuple(self._completion(run, row) for row in run.rows)
+            if deadline is not None and now >= deadline:
+                return
+
+    @torch.no_grad()
+    def _step(self, run: _Run) -> None:
+        """Sample one token of every completion."""
+        sampling = run.request.sampling
+        if sampling.max_tokens < 1:
+            for row in run.rows:
+                row.reason = "length"
+            return
+        length = max(len(row.token_ids) for row in run.rows)
+        if not run.versions or run.versions[-1][1] != self._updates.version:
+            run.versions.append((length, self._updates.version))
+        scores = self._logits(run, length)
+        if sampling.temperature == 0:
+            chosen = scores.argmax(-1)
+        else:
+            scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)  # type: ignore[arg-type]
+            if sampling.top_p < 1:
+                scores = TopPLogitsWarper(sampling.top_p)(None, scores)  # type: ignore[arg-type]
+            chosen = torch.multinomial(scores.softmax(-1), 1, generator=run.generator)[:, 0]
+        logprobs = scores.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        room = self._settings.max_length - len(run.request.prompt_ids)
+        for row, token, logprob in zip(run.rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            if row.reason is not None:
+                continue
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            if token in self._eos or (sampling.stop and self._cut(row, sampling.stop)[1]):
+                row.reason = "stop"
+            elif len(row.token_ids) >= min(sampling.max_tokens, room):
+                row.reason = "length"
+
+    def _logits(self, run: _Run, length: int) -> Tensor:
+        """Logits [N, vocabulary] of the next token, in fp32."""
+        # Rows that have ended are filled up with a token that nobody reads.
+        filler = min(self._eos)
+        ids = torch.tensor(
+            [
+                [*run.request.prompt_ids, *row.token_ids, *([filler] * (length - len(row.token_ids)))]
+                for row in run.rows
+            ],
+            device=self._device,
+        )
+        if run.cache is None:
+            run.cache = {"attention_mask": torch.ones_like(ids), "use_cache": True}
+            inputs = self._model.prepare_inputs_for_generation(ids, is_first_iteration=True, **run.cache)
+        else:
+            inputs = self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **run.cache)
+        output = self._model(**inputs, return_dict=True)
+        run.cache = self._model._update_model_kwargs_for_generation(output, run.cache)
+        return output.logits[:, -1].float()
+
+    def _cut(self, row: _Row, stop: tuple[str, ...]) -> tuple[str, bool]:
+        """A completion's text up to the first stop string, and whether it has one."""
+        text = self._tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        ends = [at for at in map(text.find, stop) if at >= 0]
+        return (text[: min(ends)], True) if ends else (text, False)
+
+    def _completion(self, run: _Run, row: _Row) -> Completion:
+        text, _ = self._cut(row, run.request.sampling.stop)
+        versions = [v for v in run.versions if v[0] < len(row.token_ids)] or [(0, self._updates.version)]
+        assert row.reason is not None
+        return Completion(
+            text, tuple(row.token_ids), tuple(row.logprobs), row.reason, versions[0][1], tuple(versions[1:])
+        )
 
 
-def _planned(name: str, treatment: Treatment, rank: int | None) -> PlannedModule:
-    """A plan's entry for a module of which only the treatment matters; alpha = rank makes the LoRA scaling 1."""
-    return PlannedModule(name, "", 0, (0, 0), 0, None, rank, float(rank) if rank else None, treatment)
+class _Layout:
+    """`Layout` of a transformers model; adapters are PEFT's, scaled by 1."""
+
+    rearranges = False
+
+    def __init__(self, model: Any, settings: EngineSettings) -> None:
+        self._model = model
+        self._settings = settings
+
+    def weight(self, name: str, shape: tuple[int, ...] | None) -> list[Piece]:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            module = self._model.get_submodule(parent)
+        except AttributeError:
+            raise NotServed(f"{name}: {type(self._model).__name__} has no such tensor") from None
+        parameter = getattr(getattr(module, "base_layer", module), leaf, None)
+        if parameter is None or (shape is not None and parameter.shape != shape):
+            raise NotServed(f"{name}: {type(self._model).__name__} has no such tensor of shape {shape}")
+        return [Piece(parameter)]
+
+    def adapts(self, module: str) -> str | None:
+        return None
+
+    def open_slots(self, modules: Sequence[str], rank: int) -> dict[str, tuple[list[Piece], list[Piece]]]:
+        remove_adapters(self._model)
+        if not modules:
+            return {}
+        planned = [PlannedModule(m, "", 0, (0, 0), 0, None, rank, float(rank), "lora") for m in modules]
+        plan = AdaptationPlan(self._settings.model_path, "", {}, self._settings.seed, tuple(planned))
+        adapted = apply_plan(self._model, plan)
+        slots = {}
+        for module, pair in adapted.lora.items():
+            pair.a.data.zero_()
+            slots[module] = ([Piece(pair.a)], [Piece(pair.b)])
+        return slots
+
+    def whole(self, pieces: Sequence[Piece]) -> Tensor:
+        return assemble(pieces)

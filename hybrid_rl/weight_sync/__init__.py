@@ -1,6 +1,41 @@
 """Weights from learner to engines: what the plan trains, nothing else, with receipts for what arrived."""
 
-from hybrid_rl.weight_sync.encode import decode_update, digest, encode_update, lora_names
+from hybrid_rl.weight_sync.base import BaseFiles
+from hybrid_rl.weight_sync.codec import Record, digest, encode_tensor, lora_factors, lora_names, pack, unpack
+from hybrid_rl.weight_sync.publish import WEIGHTS, Publisher
 from hybrid_rl.weight_sync.receipts import SyncMismatch, verify_receipts
+from hybrid_rl.weight_sync.transport import (
+    Collective,
+    CudaIpc,
+    Directory,
+    Meeting,
+    SyncTimeout,
+    Transport,
+    UpdateRefused,
+    fetch,
+    open_store,
+)
 
-__all__ = ["SyncMismatch", "decode_update", "digest", "encode_update", "lora_names", "verify_receipts"]
+__all__ = [
+    "WEIGHTS",
+    "BaseFiles",
+    "Collective",
+    "CudaIpc",
+    "Directory",
+    "Meeting",
+    "Publisher",
+    "Record",
+    "SyncMismatch",
+    "SyncTimeout",
+    "Transport",
+    "UpdateRefused",
+    "digest",
+    "encode_tensor",
+    "fetch",
+    "lora_factors",
+    "lora_names",
+    "open_store",
+    "pack",
+    "unpack",
+    "verify_receipts",
+]

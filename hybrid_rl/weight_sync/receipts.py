@@ -29,6 +29,8 @@ def verify_receipts(update: WeightUpdate, receipts: Iterable[Receipt]) -> int:
                 raise SyncMismatch(f"engine {receipt.engine} {what} {name} (version {update.version})")
         extra = receipt.digests.keys() - update.digests.keys()
         if extra:
-            raise SyncMismatch(f"engine {receipt.engine} reports {sorted(extra)[0]}, which was not sent")
+            raise SyncMismatch(
+                f"engine {receipt.engine} reports {min(extra)}, which was not sent (version {update.version})"
+            )
         verified += 1
     return verified

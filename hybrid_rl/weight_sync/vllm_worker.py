@@ -1,98 +1,79 @@
 """Engine side of the weight sync for vLLM: mixed into vLLM's worker as its `worker_extension_cls`.
 
 Importing this module on a CPU platform changes two things in vLLM (see `_keep_plain_cpu_weights` and
-`_multiply_by_one_adapter`), so it is imported by the engine's process alone.
+`_multiply_by_one_adapter`), so it is imported by the engine's processes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import set_current_vllm_config
-from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers import utils as vllm_layer_utils
 from vllm.platforms import current_platform
 
-from hybrid_rl.types import WeightUpdate
-from hybrid_rl.weight_sync.encode import decode_update, digest
+from hybrid_rl.weight_sync.apply import HeldWeights, NotServed
+from hybrid_rl.weight_sync.base import BaseFiles
+from hybrid_rl.weight_sync.vllm_layout import VllmLayout
 
 ADAPTER_ID = 1
 
 
 class HybridWeightSync:
-    """Methods reached through `LLM.collective_rpc`; `self` is vLLM's worker (one process, no tensor parallelism)."""
+    """Methods reached through `LLM.collective_rpc`; `self` is vLLM's worker, one of several with tensor parallelism.
+
+    What cannot be served is returned, not raised: vLLM gives other processes' exceptions without their type.
+    """
 
     model_runner: Any
     vllm_config: Any
-    device: torch.device
+    _hybrid_held: HeldWeights
 
-    def apply_weight_update(self, update: WeightUpdate) -> dict[str, str]:
-        """Load full matrices in place and replace the adapter. Returns the digests of what the kernels now read."""
-        full, lora = decode_update(update)
-        with set_current_vllm_config(self.vllm_config):
-            if full:
-                self.model_runner.model.load_weights(iter(full.items()))
-        if lora:
-            self._replace_adapter(lora, update.adapter_rank)
-        held = {name: self._held_full(name) for name in full}
-        held |= {name: self._held_lora(name, update.adapter_rank) for name in lora}
-        return {name: digest(tensor) for name, tensor in held.items()}
+    def start_weight_sync(self, adapter: str, modules: Sequence[str]) -> str | None:
+        """Get ready to take updates with LoRA factors of `modules`. Returns what of them cannot be served."""
+        manager: Any = getattr(self.model_runner, "lora_manager", None)
+        adapters = None
+        if manager is not None:
+            adapters = manager._adapter_manager
+            # All zeros, so that requests under way when the first update comes have an adapter too.
+            adapters.add_adapter(adapters.create_dummy_lora(ADAPTER_ID, 1, manager.embedding_modules))
+            adapters.activate_adapter(ADAPTER_ID)
+        model_config = self.vllm_config.model_config
+        base = BaseFiles(model_config.model)
+        layout = VllmLayout(self.model_runner.model, adapters, base)
+        self._hybrid_held = HeldWeights(layout, base, adapter, model_config.dtype)
+        return _refusal(self._hybrid_held.check, modules)
 
-    def _replace_adapter(self, tensors: dict[str, Tensor], rank: int) -> None:
-        worker_manager = self.model_runner.lora_manager
-        manager = worker_manager._adapter_manager
-        # The scaling is folded into B, so alpha = r makes vLLM's own scaling 1.
-        helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": rank, "target_modules": []})
-        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-        model = worker_manager._lora_model_cls.from_lora_tensors(
-            lora_model_id=ADAPTER_ID,
-            tensors=tensors,
-            peft_helper=helper,
-            device=str(self.device),
-            dtype=worker_manager.lora_config.lora_dtype,
-            model_vocab_size=worker_manager.vocab_size,
-            weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
-        )
-        manager.remove_adapter(ADAPTER_ID)
-        if not manager.add_adapter(model) or not manager.activate_adapter(ADAPTER_ID):
-            raise RuntimeError("vLLM did not accept the adapter")
+    def begin_update(self, names: Sequence[str], rank: int, anchor: bool) -> str | None:
+        """`HeldWeights.begin`; returns why not."""
+        return _refusal(self._hybrid_held.begin, names, rank, anchor)
 
-    def _held_full(self, name: str) -> Tensor:
-        layer, part = self._locate(name.removesuffix(".weight"))
-        weight = getattr(layer, "base_layer", layer).weight
-        if part is None:
-            return weight
-        sizes = getattr(layer, "base_layer", layer).output_sizes
-        return weight.narrow(0, sum(sizes[:part]), sizes[part])
+    def write_update(self, payload: bytes) -> None:
+        """`HeldWeights.write`."""
+        self._hybrid_held.write(payload)
 
-    def _held_lora(self, name: str, rank: int) -> Tensor:
-        module, _, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        layer, part = self._locate(module)
-        slot = self.model_runner.lora_manager._adapter_manager.lora_index_to_id.index(ADAPTER_ID)
-        if factor == "lora_A":
-            return layer.lora_a_stacked[part or 0][slot, 0, :rank]
-        return layer.lora_b_stacked[part or 0][slot, 0, :, :rank]
+    def finish_update(self) -> None:
+        """`HeldWeights.finish`."""
+        self._hybrid_held.finish()
 
-    def _locate(self, module: str) -> tuple[Any, int | None]:
-        """vLLM's layer that computes `module`, and the module's place in it where vLLM fuses several into one."""
-        model = self.model_runner.model
-        parent, _, leaf = module.rpartition(".")
-        for candidate, part in self._homes(leaf):
-            try:
-                return model.get_submodule(f"{parent}.{candidate}"), part
-            except AttributeError:
-                continue
-        raise KeyError(f"vLLM's {type(model).__name__} has no layer for {module}")
+    def held_digests(self) -> dict[str, str]:
+        """`HeldWeights.digests`."""
+        return self._hybrid_held.digests()
 
-    def _homes(self, leaf: str) -> Iterator[tuple[str, int | None]]:
-        for fused, parts in (getattr(self.model_runner.model, "packed_modules_mapping", None) or {}).items():
-            if leaf in parts and len(parts) > 1:
-                yield fused, parts.index(leaf)
-        yield leaf, None
+    def adapter_kind(self) -> str:
+        """`HeldWeights.adapter`."""
+        return self._hybrid_held.adapter
+
+
+def _refusal(check: Any, *args: Any) -> str | None:
+    try:
+        check(*args)
+    except NotServed as error:
+        return str(error)
+    return None
 
 
 def _keep_plain_cpu_weights() -> None:

@@ -19,14 +19,17 @@ from hybrid_rl.types import Resources, WorkerDied
 LISTENERS = """
     import sys, psutil
     from hybrid_rl.cluster import Resources, open_cluster
-    from hybrid_rl.config import load_config
+    from hybrid_rl.config_file import load_config
     from hybrid_rl.learner import LearnerGroup
     from hybrid_rl.learner.worker import LearnerWorker
 
     config = load_config(sys.argv[1])
     cluster = open_cluster(config)
     cluster.reserve([Resources(0.5, 0)] * 2)
-    workers = [cluster.start(rank, LearnerWorker, config, rank, name=f"learner-{rank}") for rank in range(2)]
+    transport, half = cluster.transport(config), Resources(0.5, 0)
+    workers = [
+        cluster.start(r, LearnerWorker, config, r, transport, name=f"learner-{r}", takes=half) for r in range(2)
+    ]
     LearnerGroup(workers).connect(*cluster.endpoint(workers[0]))
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
@@ -68,20 +71,20 @@ def test_workers_answer_fail_and_die_as_their_handles_say(tiny_config: Config):
         with pytest.raises(ConfigError, match="needs 1000 CPUs"):
             cluster.reserve([Resources(1000, 0)])
         cluster.reserve([Resources(0.5, 0), Resources(0.5, 0)])
-        worker = cluster.start(0, Echo, name="echo")
+        worker = cluster.start(0, Echo, name="echo", takes=Resources(0.5, 0))
         assert worker.submit("echo", cluster.share(b"shared")).result() == b"shared"
         with pytest.raises(KeyError, match="the worker's own error"):
             worker.submit("fail").result()
         with pytest.raises(WorkerDied, match=r"echo did not answer within 0\.2 s"):
             worker.submit("sleep", 30).result(timeout=0.2)
-        other = cluster.start(1, Echo, name="other")
+        other = cluster.start(1, Echo, name="other", takes=Resources(0.5, 0))
         pid = other.submit("pid").result()
         pending = other.submit("sleep", 30)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="other"):
             pending.result()
         other.kill()
-        replacement = cluster.start(1, Echo, name="other")
+        replacement = cluster.start(1, Echo, name="other", takes=Resources(0.5, 0))
         assert replacement.submit("pid").result() != pid, "a dead worker's place can be taken again"
     finally:
         cluster.close()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_rl.config import Config, ConfigError, parse_config
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.data import PromptSource, build_prompts, load_rows, load_tokenizer
 from hybrid_rl.data.arithmetic import problems
 

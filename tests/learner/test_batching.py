@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_rl.config import Config, parse_config
+from hybrid_rl.config import Config
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches, reward_metrics
 from hybrid_rl.learner.batching import collate, micro_batches
 from hybrid_rl.types import Completion, Prompt, ScoredGroup, TrainSequence
+from tests.learner.processes import random_sequences
 
 SCALE = {"full": 1.0, "lora": 1.0}
 LAYOUTS = ["segments", "positions", "padded", "single"]
@@ -55,6 +60,43 @@ def test_targets_positions_and_logprobs_are_aligned(layout):
     assert batch.rollout_logprobs_T.tolist() == [-1, -2, -3, -4]
     assert batch.advantages_T.tolist() == [0.5, 0.5, 0.5, -1]
     assert batch.weights_T.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_given_tokens_are_read_and_nothing_else(layout):
+    plain = random_sequences(3, advantage=1.0)
+    some = [s for s in plain if len(s.completion_ids) > 3]
+    spans = {id(s): ((1, 2), (3, len(s.completion_ids) - 1))[: 1 + i % 2] for i, s in enumerate(some)}
+    mixed = [replace(s, given=spans.get(id(s), ())) for s in plain]
+    everything, batch = collate(plain, layout), collate(mixed, layout)
+    assert batch.inputs.input_ids.equal(everything.inputs.input_ids)
+    assert batch.padding == everything.padding
+    tokens = [(s, t) for s in mixed for t in range(len(s.completion_ids))]
+    kept = torch.tensor([not any(start <= t < end for start, end in s.given) for s, t in tokens])
+    assert 0 < kept.sum() < len(kept)
+    for name in ("at_T", "targets_T", "sequence_T", "rollout_logprobs_T", "advantages_T", "weights_T"):
+        assert getattr(batch, name).equal(getattr(everything, name)[kept]), name
+
+
+def test_means_count_sampled_tokens_and_limits_all_tokens():
+    completions = (
+        Completion("", (1,) * 8, (-1.0,) * 8, "stop", 0, given=((2, 5),)),
+        Completion("", (1,) * 4, (-1.0,) * 4, "stop", 0),
+    )
+    group = ScoredGroup(Prompt("0", "", (1,), {}), completions, (1.0, 0.0), {"r": (1.0, 0.0)})
+    config = _config(algo={"aggregation": "token_mean", "overlong_buffer": 0.4, "advantage": "raw"})
+    data = assemble([group], config)
+    assert data.advantages[0] == pytest.approx([0.5, 0.0]), "eight tokens are two into the buffer of the last four"
+    assert data.dropped_tokens == {"zero_advantage": 4}
+    [[taught]] = mini_batches(data.sequences, config, SCALE).mini_batches
+    assert (taught.given, taught.weight) == (((2, 5),), pytest.approx(1 / (5 + 4)))
+    assert collate([taught], "padded").weights_T.sum().item() == pytest.approx(5 / 9)
+    metrics = reward_metrics([group], data)
+    assert (metrics["tokens/generated"], metrics["tokens/given"]) == (9, 3)
+    assert (metrics["completions/mean_length"], metrics["completions/mean_turns"]) == (4.5, 1.5)
+    assert assemble([group], _config(algo={"zero_variance": "drop"})).dropped_tokens == {}
+    none = replace(group, rewards_G=(None, None), parts={"r": (None, None)})
+    assert assemble([none], config).dropped_tokens == {"unscored": 9}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

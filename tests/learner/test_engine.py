@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_rl.config import parse_config
+from hybrid_rl.cluster.inline import Memory
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.scoring import find_score
 from hybrid_rl.types import TrainBatch
-from hybrid_rl.weight_sync import decode_update
+from tests.held import receive
 from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
 
 FULL_SPEED = {"full": 1.0, "lora": 1.0}
@@ -38,7 +39,7 @@ def _tree(path: Path, **changes: Any) -> dict:
 def _worker(rank: int, port: int, tree: dict, plan: str) -> Any:
     from hybrid_rl.learner.worker import LearnerWorker
 
-    worker = LearnerWorker(parse_config(tree), rank)
+    worker = LearnerWorker(parse_config(tree), rank, Memory())
     worker.connect("127.0.0.1", port)
     worker.build(plan)
     return worker
@@ -49,7 +50,7 @@ def _batch(tree: dict, seed: int = 0) -> TrainBatch:
 
 
 def _trained(worker: Any) -> dict[str, torch.Tensor]:
-    with worker._engine.gathered():
+    with worker._engine.gathered(*worker._adapted.full.values(), *worker._adapted.lora_parameters):
         trained = {name: p.detach().clone() for name, p in worker._adapted.full.items()}
         for name, pair in worker._adapted.lora.items():
             trained |= {f"{name}.A": pair.a.detach().clone(), f"{name}.B": pair.b.detach().clone()}
@@ -85,7 +86,7 @@ def _engine_checks(rank: int, port: int, tree: dict, plan: str) -> None:
     # The base policy is what it was, also while the weights have moved, and leaves no trace.
     trained = worker._update._logprobs(batch)
     assert (trained - base).abs().max() > 1e-3
-    with worker._engine.base_policy():
+    with worker._engine.only(()):
         torch.testing.assert_close(worker._update._logprobs(batch), base, atol=1e-6, rtol=0)
     torch.testing.assert_close(worker._update._logprobs(batch), trained, atol=0, rtol=0)
     assert all(torch.equal(t, after[name]) for name, t in _trained(worker).items())
@@ -141,8 +142,7 @@ def _after_three_steps(
         losses = [worker.train(batch).metrics["policy/loss"] for batch in batches]
         update = worker.export(3)
         if rank == 0:
-            full, lora = decode_update(update)
-            results.append((losses, {**full, **lora}))
+            results.append((losses, receive(worker._transport, [update])))
     return results
 
 
@@ -223,7 +223,7 @@ def _scores(rank: int, port: int, trees: list[dict]) -> list[dict[str, float]]:
 
     results = []
     for tree in trees:
-        worker = LearnerWorker(parse_config(tree), rank)
+        worker = LearnerWorker(parse_config(tree), rank, Memory())
         worker.connect("127.0.0.1", port)
         worker.begin_ranking(find_score("grad_norm"))
         worker.observe([random_sequences(1), random_sequences(2)], 0.0)

@@ -10,13 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan
+from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.components import read_model
-from hybrid_rl.config import parse_config
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import find_score
 from hybrid_rl.types import TrainSequence
-from hybrid_rl.weight_sync import decode_update, lora_names
+from hybrid_rl.weight_sync import lora_names
+from tests.held import receive
 from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
 
 STEPS = 5
@@ -47,7 +49,8 @@ def _tree(model: Path, stage: int, world: int, mini: int, epochs: int = 1, kl: f
 def _rank(rank: int, port: int, tree: dict, plan: str):
     from hybrid_rl.learner.worker import LearnerWorker
 
-    worker = LearnerWorker(parse_config(tree), rank)
+    transport = Memory()
+    worker = LearnerWorker(parse_config(tree), rank, transport)
     worker.connect("127.0.0.1", port)
     before = {name: p.clone() for name, p in worker._model.named_parameters()}
     scores = {}
@@ -64,16 +67,14 @@ def _rank(rank: int, port: int, tree: dict, plan: str):
     config, scale = parse_config(tree), {"full": 1.0, "lora": 1.0}
     stats = [worker.train(mini_batches(random_sequences(step), config, scale)) for step in range(STEPS)]
     update = worker.export(STEPS)
-    return [s.metrics for s in stats], update, scores
+    return [s.metrics for s in stats], update and receive(transport, [update]), scores
 
 
 def run_ranks(
     tree: dict, plan: AdaptationPlan
 ) -> tuple[list[dict], dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Score, then train 5 steps, on real ranks. Returns each step's metrics, the trained tensors and the scores."""
-    metrics, update, scores = on_ranks(tree["learner"]["world_size"], _rank, tree, plan.to_json())
-    full, lora = decode_update(update)
-    return metrics, {**full, **lora}, scores
+    return on_ranks(tree["learner"]["world_size"], _rank, tree, plan.to_json())
 
 
 def reference(

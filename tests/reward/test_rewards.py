@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import textwrap
 import time
@@ -145,6 +146,17 @@ def test_a_plugin_that_always_hangs_does_not_hold_the_run_for_hours(plugin: str)
     finally:
         pool.close()
     assert time.monotonic() - started < 60
+
+
+def test_a_completion_whose_environment_failed_has_no_reward(plugin: str):
+    cut = dataclasses.replace(completion("a"), finish_reason="environment")
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
+    try:
+        (group,) = pool.score(PROMPTS[:1], [[cut, completion("a")]]).groups
+    finally:
+        pool.close()
+    assert group.rewards_G == (None, 1.0)
+    assert group.parts[f"{plugin}:good"] == (1.0, 1.0)
 
 
 def test_workers_killed_while_idle_are_replaced(plugin: str):

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hybrid_rl.algo import PRESETS
-from hybrid_rl.config import ConfigError, parse_config
+from hybrid_rl.config import ConfigError
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.tracking import read_metrics
 from tests.trainers.test_rank import saved
 from trainers.grpo import train

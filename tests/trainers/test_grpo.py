@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hybrid_rl.config import ConfigError, parse_config
+from hybrid_rl.config import ConfigError
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.rollout import RolloutPool
+from hybrid_rl.rollout import Episodes
 from hybrid_rl.tracking import read_metrics
 from hybrid_rl.types import Completion
 from hybrid_rl.weight_sync import SyncMismatch
@@ -60,21 +61,22 @@ def test_a_run_survives_kill_9_of_its_engine_and_stays_in_step_with_it(
 ):
     """Two learner ranks, one vLLM engine, everything through Ray; the engine is killed while it generates."""
     killed: list[int] = []
-    generate = RolloutPool.generate
+    generate = Episodes.generate
 
-    def kill_while_generating(pool: RolloutPool, prompts: Any, sampling: Any) -> list[list[Completion]]:
-        if prompts[0].id.startswith("0/") and sampling.n > 1 and pool._update is not None and not killed:
-            pid = pool._engines[0].submit("info").result()["pid"]
+    def kill_while_generating(episodes: Episodes, prompts: Any, sampling: Any) -> list[list[Completion]]:
+        pool = episodes._pool
+        if prompts[0].id.startswith("0/") and sampling.n > 1 and pool.version > 0 and not killed:
+            pid = pool._slots[0].engine.submit("info").result()["pid"]
             killed.append(pid)
             assert pid != os.getpid()
             timer = threading.Timer(0.02, os.kill, (pid, signal.SIGKILL))
             timer.start()
-            groups = generate(pool, prompts, sampling)
+            groups = generate(episodes, prompts, sampling)
             timer.join()
             return groups
-        return generate(pool, prompts, sampling)
+        return generate(episodes, prompts, sampling)
 
-    monkeypatch.setattr(RolloutPool, "generate", kill_while_generating)
+    monkeypatch.setattr(Episodes, "generate", kill_while_generating)
     learnable |= {"steps": 3, "batch": {"prompts": 8, "num_generations": 4}}
     run = train(parse_config(learnable), name="tiny")
 
@@ -106,6 +108,11 @@ def test_a_run_survives_kill_9_of_its_engine_and_stays_in_step_with_it(
     assert {f"{m.name}.weight" for m in plan.named("full")} == {n for n in weights if ".lora_" not in n}
 
 
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What does not depend on the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in rows]
+
+
 def inline(tree: dict, directory: Path, **changes: Any) -> dict:
     small = {"cluster": {"backend": "inline"}, "learner": {"world_size": 1}, "rollout": {"engine": "transformers"}}
     return {**tree, **small, "run": {"dir": str(directory)}, **changes}
@@ -126,9 +133,7 @@ def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path):
 
     rows, expected = read_metrics(parts.metrics), read_metrics(whole.metrics)
     check_rows(rows, 4)
-    timed = ("time/", "throughput/")
-    timeless = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
-    assert timeless == [{k: v for k, v in row.items() if not k.startswith(timed)} for row in expected]
+    assert timeless(rows) == timeless(expected)
     weights, reference = (load_file(run.checkpoints / "step_000004/weights.safetensors") for run in (parts, whole))
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
 
@@ -197,7 +202,7 @@ def test_an_engine_that_holds_other_weights_stops_the_run(
 @pytest.mark.slow
 def test_gsm8k_recipe_survives_rewards_of_zero(tiny_model: Path, tmp_path: Path):
     """The shipped recipe, three steps with the tiny model, which never answers right."""
-    from hybrid_rl.config import load_config
+    from hybrid_rl.config_file import load_config
 
     lines = [{"question": f"What is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(40)]
     data = tmp_path / "gsm8k.jsonl"

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from hybrid_rl import register_score
 from hybrid_rl.cli import main
 from hybrid_rl.components import read_model
-from hybrid_rl.config import ConfigError, LoraConfig, PlanConfig, parse_config
+from hybrid_rl.config import ConfigError, LoraConfig, PlanConfig
+from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.worker import LearnerWorker
 from hybrid_rl.plan import AdaptationPlan, build_plan
 from hybrid_rl.scoring import per_module

@@ -1,0 +1,121 @@
+"""The learner's side of the weight sync: from trained tensors to updates that engines can fetch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hybrid_rl.types import Bucket, WeightUpdate
+from hybrid_rl.weight_sync.codec import Parts, digest, encode_tensor, pack, size
+from hybrid_rl.weight_sync.transport import Transport, contents, digest_bytes
+
+WEIGHTS = "weights.safetensors"
+"""Name of a file with every trained tensor as the engines hold it."""
+_FLOAT32 = 4
+"""Bytes of an element."""
+_PATIENCE = 16
+"""Updates after which a float32 tensor that could only be sent whole is looked at again."""
+_MOST_DELTAS = 4.0
+"""Bytes of the updates since an anchor, as a multiple of the anchor's, at which the next is an anchor."""
+
+
+class Publisher:
+    """Publishes one version after another; each is the difference to the one before, or an anchor.
+
+    What engines hold of the trained tensors is kept in CPU memory, in their precision: it is what a difference is taken
+    to, and what a checkpoint holds.
+    """
+
+    def __init__(
+        self, transport: Transport, *, dtype: torch.dtype, bucket_bytes: int, anchor_every: int, sparse: bool
+    ) -> None:
+        """`sparse`: send what changed where that is smaller; else everything, every time."""
+        self._transport, self._dtype, self._sparse = transport, dtype, sparse
+        self._bucket_bytes, self._anchor_every = bucket_bytes, anchor_every
+        self._held: dict[str, Tensor] = {}
+        self._version: int | None = None
+        """That every engine is brought to; `None` if the next update is the first, or the last failed."""
+        self._chain: list[WeightUpdate] = []
+        """The last anchor and all updates since."""
+        self._count = 0
+        """Updates published."""
+        self._whole_until: dict[str, int] = {}
+        """The count until which a tensor is sent whole without a look at what changed."""
+        self._retired: list[WeightUpdate] = []
+        """The chain before, which engines may still be fetching."""
+
+    def restart(self) -> None:
+        """The next update is an anchor: other tensors will be trained."""
+        self._version = None
+
+    def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int, adapter_rank: int) -> WeightUpdate:
+        """Publish named tensors, each read before the next is asked for, as `version`.
+
+        Raises `ValueError` if they are not the ones of the version before, and `restart` was not called.
+        """
+        for update in self._retired:
+            for bucket in update.buckets:
+                self._transport.drop(bucket.ticket)
+        self._retired = []
+        base = None if self._anchor_is_due() else self._version
+        self._version = None
+        held, self._held = self._held, {}
+        buckets: list[Bucket] = []
+        digests: dict[str, str] = {}
+        waiting: dict[str, Parts] = {}
+        filled, all_dense = 0, True
+        for name, tensor in tensors:
+            if base is not None and name not in held:
+                raise ValueError(f"{name} was not trained in version {base}, which version {version} is based on")
+            parts = self._take(name, tensor, held.pop(name, None), base is not None)
+            digests[name] = digest(self._held[name])
+            all_dense &= "" in parts
+            if waiting and filled + size(parts) > self._bucket_bytes:
+                buckets.append(self._put(waiting, version))
+                waiting, filled = {}, 0
+            waiting[name] = parts
+            filled += size(parts)
+        if waiting:
+            buckets.append(self._put(waiting, version))
+        if base is not None and held:
+            raise ValueError(f"{next(iter(held))} of version {base} is not in version {version}, which is based on it")
+        update = WeightUpdate(version, None if all_dense else base, tuple(buckets), digests, adapter_rank)
+        if update.base_version is None:
+            self._retired, self._chain = self._chain, []
+        self._chain.append(update)
+        self._version = version
+        self._count += 1
+        return update
+
+    def save(self, path: Path) -> None:
+        """Write what the last update brought the engines to, as a safetensors file."""
+        safetensors.torch.save_file(self._held, path)
+
+    def _anchor_is_due(self) -> bool:
+        if self._version is None or not self._sparse:
+            return True
+        anchor, *deltas = self._chain
+        return len(self._chain) >= self._anchor_every or sum(u.bytes for u in deltas) > _MOST_DELTAS * anchor.bytes
+
+    def _take(self, name: str, tensor: Tensor, old: Tensor | None, sparse: bool) -> Parts:
+        """Encode a tensor, on the device where it is, and hold it from now on."""
+        new = tensor.detach().to(self._dtype)
+        if old is None or old.shape != new.shape:
+            old, sparse = torch.empty(new.shape, dtype=self._dtype), False
+        sparse = sparse and self._count >= self._whole_until.get(name, 0)
+        parts = encode_tensor(new, old.to(new.device) if sparse else None, sparse=sparse)
+        if sparse and "" in parts and new.element_size() == _FLOAT32:  # for many small tensors, looking is what costs
+            self._whole_until[name] = self._count + _PATIENCE
+        self._held[name] = old.copy_(new)
+        return {"": old} if "" in parts else parts  # `new` may be the parameter, which ZeRO-3 takes apart again
+
+    def _put(self, entries: dict[str, Parts], version: int) -> Bucket:
+        payload = pack(entries)
+        names = tuple(entries)
+        ticket: Any = self._transport.put(payload, f"{contents(names)} of version {version}")
+        return Bucket(ticket, len(payload), digest_bytes(payload), names)

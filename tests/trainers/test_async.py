@@ -1,0 +1,184 @@
+"""Generation beside training: how far ahead it may be, that order and data do not depend on timing, and whole runs."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybrid_rl.config import ConfigError
+from hybrid_rl.config_file import parse_config
+from hybrid_rl.data import PromptSource
+from hybrid_rl.reward import Scored
+from hybrid_rl.tracking import StepClock, read_metrics
+from hybrid_rl.types import Completion, Prompt, Sampling, ScoredGroup
+from tests.trainers.test_grpo import check_rows, inline, learnable, timeless  # noqa: F401
+from trainers import grpo
+from trainers.async_grpo import Overlapped
+from trainers.grpo import train
+from trainers.step import staleness_metrics
+
+PROMPTS = [Prompt(str(i), "", (i,), {}) for i in range(1000)]
+
+
+class _Episodes:
+    """Stands in for `Episodes`: a prompt is finished after a random number of polls, under the version at its start."""
+
+    def __init__(self, seed: int) -> None:
+        self._random, self.version, self._open = random.Random(seed), 0, deque()
+        self.most = 0
+
+    def submit(self, prompts: list[Prompt], sampling: Sampling, tag: str) -> None:
+        for p in prompts:
+            self._open.append([p, self._random.randrange(8), self.version])
+        self.most = max(self.most, len(self._open))
+
+    def poll(self, seconds: float) -> None:
+        for entry in self._open:
+            entry[1] -= 1
+
+    def unfinished(self, tag: str) -> int:
+        return sum(polls > 0 for _, polls, _ in self._open)
+
+    def take_next(self, count: int, tag: str) -> list[Any]:
+        first = [self._open[i] for i in range(min(count, len(self._open)))]
+        if len(first) < count or any(polls > 0 for _, polls, _ in first):
+            return []
+        for _ in first:
+            self._open.popleft()
+        return [(p, [Completion("", (1,), (0.0,), "stop", version)] * 2) for p, _, version in first]
+
+
+def _score(prompts: Any, completions: Any) -> Scored:
+    """Every third prompt's completions earn the same."""
+    rewards = [(1.0, float(int(p.id.rpartition("/")[2]) % 3 == 0)) for p in prompts]
+    return Scored([ScoredGroup(p, tuple(c), r, {}) for p, c, r in zip(prompts, completions, rewards, strict=True)], {})
+
+
+class _Training:
+    """Is over after some looks at it."""
+
+    def __init__(self, polls: int) -> None:
+        self._left = polls
+
+    def ready(self, timeout: float) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+    def result(self, timeout: float | None = None) -> None: ...
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(ahead: int, algorithm: str, seed: int):
+    tree = {"model": {"path": "m"}, "data": {"train": "a.json", "eval": "a.json"}, "algorithm": algorithm}
+    config = parse_config(tree | {"async": {"max_staleness": ahead}, "batch": {"prompts": 4, "num_generations": 2}})
+    episodes = _Episodes(seed)
+    workplace: Any = SimpleNamespace(episodes=episodes, rewards=SimpleNamespace(score=_score))
+    source = Overlapped(config, workplace, PromptSource(PROMPTS, 0))
+    used, stalest = [], 0
+    for version in range(12):
+        rollouts = source.next(StepClock())
+        for group in rollouts.groups:
+            used.append(group.prompt.id)
+            stalest = max(stalest, version - group.completions[0].weight_version)
+        assert source.position == len(used)
+        source.during(_Training(polls=random.Random(seed + version).randrange(6)))
+        episodes.version += 1
+        source.synced()
+    source.close()
+    assert used == [p.id for p in PromptSource(PROMPTS, 0).take(len(used))], "in the order of drawing, none twice"
+    assert stalest == ahead or (algorithm == "dapo" and stalest <= ahead)
+    assert episodes.most <= 4 * (ahead + 1), "nothing queues up"
+
+
+def test_staleness_is_counted_by_token():
+    completions = (
+        Completion("", (1, 2, 3, 4), (0.0,) * 4, "stop", 3, later_versions=((1, 4), (3, 5))),
+        Completion("", (1, 2, 3, 4), (0.0,) * 4, "stop", 5, given=((1, 3),)),
+    )
+    metrics = staleness_metrics([ScoredGroup(PROMPTS[0], completions, (1.0, 0.0), {})], version=5)
+    assert metrics == {
+        **{"staleness/mean": pytest.approx((2 + 1 + 1 + 0 + 0 + 0) / 6), "staleness/max": 2, "staleness/mixed": 0.5},
+        **{"staleness/share_0": 0.5, "staleness/share_1": pytest.approx(2 / 6), "staleness/share_2": 1 / 6},
+    }
+
+
+def settings(**changes: Any):
+    return parse_config({"model": {"path": "m"}, "data": {"train": "a.json", "eval": "a.json"}, **changes})
+
+
+def test_importance_is_corrected_by_default_where_completions_may_be_stale():
+    assert settings().algo.mismatch == "none"
+    stale = {"async": {"max_staleness": 1}}
+    assert settings(**stale).algo.mismatch == "truncate"
+    assert settings(**stale, algo={"mismatch": "none"}).algo.mismatch == "none"
+    assert settings(**stale, algo={"old_logprobs": "rollout"}).algo.mismatch == "none", "the ratio corrects"
+    resolved = settings(**stale).model_dump(mode="json")
+    assert parse_config(resolved) == settings(**stale), "a run's own settings say the same"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"async": {"in_flight": "wait"}}, "async.in_flight=wait does nothing with async.max_staleness=0"),
+        ({"async": {"max_staleness": 1}, "cluster": {"placement": "colocate"}}, "engines that work while the learner"),
+        ({"async": {"max_staleness": -1}}, "async.max_staleness=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+def test_without_staleness_it_is_the_synchronous_trainer_bit_for_bit(
+    learnable: dict,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tree = {"steps": 3, "algorithm": "dapo", "sampling": {"max_completion_length": 8}}
+    synchronous = train(parse_config(inline(learnable, tmp_path / "sync", **tree)), name="sync")
+    monkeypatch.setattr(grpo, "InTurn", Overlapped)
+    overlapped = train(parse_config(inline(learnable, tmp_path / "async", **tree)), name="async")
+    assert timeless(read_metrics(overlapped.metrics)) == timeless(read_metrics(synchronous.metrics))
+    ours, theirs = (load_file(r.checkpoints / "step_000003/weights.safetensors") for r in (overlapped, synchronous))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_ahead_of_its_weights_resumes_and_verifies_every_sync(learnable: dict):  # noqa: F811
+    """Two engines and one learner rank as Ray actors."""
+    learnable |= {"steps": 6, "async": {"max_staleness": 2}, "learner": {"world_size": 1}}
+    learnable |= {"rollout": {"engine": "transformers", "engines": 2}, "checkpoint": {"every": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.grpo.assemble", _stop_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(learnable), name="ahead")
+    run = train(parse_config(learnable), name="ahead", resume=True)
+    rows = read_metrics(run.metrics)
+    check_rows(rows, 6)
+    assert all(row["sync/verified_engines"] == 2 for row in rows)
+    assert 0 < max(row["staleness/max"] for row in rows) <= 2
+    assert all(sum(v for k, v in row.items() if k.startswith("staleness/share")) == pytest.approx(1) for row in rows)
+    ids = [line.split('"prompt_id": "')[1].split('"')[0] for f in sorted(run.rollouts.iterdir()) for line in f.open()]
+    assert len(ids) == 6 * 16
+    assert len(set(ids)) == 6 * 4, "no prompt was lost or used twice"
+
+
+def _stop_at(call: int) -> Any:
+    from hybrid_rl.learner.assemble import assemble
+
+    calls = iter(range(1, call + 1))
+
+    def assembled(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return assemble(*arguments)
+
+    return assembled

@@ -1,0 +1,85 @@
+"""Generation beside training: the engines work on the next steps' prompts while the learner trains.
+
+A step's prompts may start once the weights are at most `async.max_staleness` updates behind those that the step trains.
+So no more than `max_staleness + 1` steps' prompts are open at a time: nothing queues up without bound. Groups are used
+in the order in which their prompts were drawn, whichever finished first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from hybrid_rl.config import Config
+from hybrid_rl.data import PromptSource
+from hybrid_rl.reward import Scored
+from hybrid_rl.tracking import StepClock
+from hybrid_rl.types import Pending, ScoredGroup
+from trainers.setup import Workplace
+from trainers.step import Rollouts, complete, draws, groups_wanted, training_sampling
+
+_POLL_SECONDS = 0.05
+_TAG = "train"
+
+
+class Overlapped:
+    """A `RolloutSource` that is at most `async.max_staleness` updates ahead. With 0 it does what `InTurn` does."""
+
+    def __init__(self, config: Config, workplace: Workplace, prompts: PromptSource) -> None:
+        self._config, self._prompts = config, prompts
+        self._workplace, self._episodes = workplace, workplace.episodes
+        self._most_open = (config.asynchrony.max_staleness + 1) * config.batch.prompts
+        self._open = 0
+        """Prompts that were drawn, of which the engines do not have the update yet."""
+        self._in_step = 0
+        """Those of them that the step under way trains on."""
+        self._thread = ThreadPoolExecutor(1)  # waits for the reward processes while the engines are seen to
+        self._scoring: Future[Scored] | None = None
+        self._groups: list[ScoredGroup] = []
+        self.position = prompts.position
+
+    def next(self, clock: StepClock) -> Rollouts:
+        faults: Counter[str] = Counter()
+        for _ in range(draws(self._config)):
+            with clock.time("generate"):
+                while self._scoring is None:
+                    self._work()
+            with clock.time("reward"):
+                while not self._scoring.done():
+                    self._work()
+            scored, self._scoring = self._scoring.result(), None
+            self._groups += scored.groups
+            faults.update(scored.faults)
+            self.position += len(scored.groups)
+            missing = groups_wanted(self._config, self._groups)
+            self._open -= missing  # what is drawn again has left the step
+            self._in_step = self._config.batch.prompts - missing
+            if not missing:
+                break
+        groups, self._groups = self._groups, []
+        return complete(self._config, self._workplace, groups, faults, clock)
+
+    def during(self, training: Pending) -> None:
+        while not training.ready(0):
+            self._work()
+            if not self._episodes.unfinished(_TAG):
+                training.ready(_POLL_SECONDS)
+
+    def synced(self) -> None:
+        self._open -= self._in_step
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self) -> None:
+        """See to the engines once: draw prompts, take answers, and have a step's worth of them scored."""
+        room = self._most_open - self._open
+        if room > 0:
+            self._open += room
+            self._episodes.submit(self._prompts.take(room), training_sampling(self._config), _TAG)
+        self._episodes.poll(_POLL_SECONDS)
+        if self._scoring is None:
+            batch = self._episodes.take_next(groups_wanted(self._config, self._groups), _TAG)
+            if batch:
+                prompts, completions = zip(*batch, strict=True)
+                self._scoring = self._thread.submit(self._workplace.rewards.score, prompts, completions)
