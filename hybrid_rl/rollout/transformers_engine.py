@@ -155,7 +155,7 @@ class TransformersEngine:
                 if all(row.reason for row in run.rows):
                     self._runs.remove(run)
                     self._finished[run.request.id] = tuple(self._completion(run, row) for row in run.rows)
-            if deadline is not None and now >= deadline:
+            if now >= deadline:
                 return
 
     @torch.no_grad()
