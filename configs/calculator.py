@@ -6,7 +6,7 @@ import ast
 import operator
 import re
 
-_CALL = re.compile(r"<calc>([^<>]{1,100})</calc>\s*$")
+_CALL = re.compile(r"<calc>([^<>]{1,100})</calc>[^\s<]*\s*$")  # a token may go on after the mark
 _OPERATORS = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
     **{ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow},

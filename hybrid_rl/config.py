@@ -212,6 +212,8 @@ class LearnerConfig(Settings):
     """What one GPU could do in `model.dtype`, for `throughput/mfu`; known for common GPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    timeout: Positive = 7200.0
+    """Seconds after which a rank that has not answered a call (loading the model, a step) is taken for dead."""
     cpus: Positive = 0.5
     """CPUs that each rank reserves in the cluster."""
     gpus: NotNegative | None = None
@@ -268,9 +270,9 @@ class SyncConfig(Settings):
     adapter: Literal["native", "merged", "auto"] = "auto"
     """How engines serve LoRA: as an adapter beside the base weights, or merged into them, anew from the base model's
     files each time. `auto`: natively where the engine can, module by module."""
-    transport: Literal["object_store", "directory", "nccl", "ipc"] = "object_store"
-    """How updates travel: Ray's object store (the process's memory without Ray), files in `sync.directory`, NCCL
-    between GPUs (gloo on CPU), or CUDA memory of one GPU."""
+    transport: Literal["object_store", "directory", "nccl"] = "object_store"
+    """How updates travel: Ray's object store (the process's memory without Ray), files in `sync.directory`, or NCCL
+    between GPUs (gloo on CPU)."""
     directory: str | None = None
     """Directory that learner and engines see, for `sync.transport=directory`."""
     encoding: Literal["auto", "dense"] = "auto"
@@ -499,9 +501,9 @@ class Config(Settings):
             )
         if self.cluster.placement == "colocate":
             why = None
-            if self.rollout.engines > self.learner.world_size:
-                why = f"rollout.engines={self.rollout.engines} do not each find one of learner.world_size="
-                why += f"{self.learner.world_size} ranks to share a GPU with; lower the engines"
+            if self.rollout.engines != self.learner.world_size:
+                why = f"each of rollout.engines={self.rollout.engines} shares a GPU with one of learner.world_size="
+                why += f"{self.learner.world_size} ranks; make them equal"
             elif self.rollout.tensor_parallel > 1:
                 why = f"rollout.tensor_parallel={self.rollout.tensor_parallel} needs GPUs of its own; use 1"
             elif self.asynchrony.max_staleness:
@@ -509,11 +511,6 @@ class Config(Settings):
                 why += "does; use 0"
             if why is not None:
                 raise ValueError(f"cluster.placement=colocate: {why}, or cluster.placement=split")
-        elif self.sync.transport == "ipc":
-            raise ValueError(
-                "sync.transport=ipc is for engines on the learner's GPU; use cluster.placement=colocate, or another "
-                "transport"
-            )
         if self.rollout.engine == "transformers" and self.rollout.tensor_parallel > 1:
             raise ValueError(
                 f"rollout.tensor_parallel={self.rollout.tensor_parallel} is not for rollout.engine=transformers; use 1"
@@ -523,6 +520,15 @@ class Config(Settings):
                 f"async.in_flight={self.asynchrony.in_flight} does nothing with async.max_staleness=0: no completion "
                 "is under way when weights change; drop it"
             )
+        if self.asynchrony.max_staleness and self.cluster.backend == "inline":
+            raise ValueError(
+                f"async.max_staleness={self.asynchrony.max_staleness} has generation beside training, but "
+                "cluster.backend=inline does one thing at a time; drop one of them"
+            )
+        idle = sorted(n for n in GateConfig.model_fields if getattr(self.sync.gate, n) != getattr(GateConfig(), n))
+        if not self.sync.gate.every and idle != ["every"]:
+            idle.remove("every")
+            raise ValueError(f"sync.gate.{idle[0]} does nothing with sync.gate.every=0; drop one of them")
         if self.rollout.environment is None and self.rollout.max_turns != RolloutConfig().max_turns:
             raise ValueError(f"rollout.max_turns={self.rollout.max_turns} does nothing without rollout.environment")
 

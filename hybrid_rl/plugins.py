@@ -14,6 +14,7 @@ import inspect
 import logging
 import multiprocessing
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -50,6 +51,8 @@ class PluginProcesses:
     def __init__(self, specs: Sequence[str], *, workers: int, timeout: float) -> None:
         """`timeout`: seconds a call may take, `reward.timeout`."""
         self._specs, self._workers, self._timeout = list(specs), workers, timeout
+        self._starting = threading.Lock()  # an asynchronous run scores in a thread
+        self._closed = False
         self._pool = self._start()
 
     def check(self, spec: str, given: Collection[str], *, setting: str) -> None:
@@ -67,13 +70,16 @@ class PluginProcesses:
 
     def schedule(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call `function` in a worker; its arguments and result are pickled."""
-        try:
-            return self._pool.schedule(function, args=arguments, timeout=self._timeout)
-        except RuntimeError:  # the pool broke: an idle worker was killed from outside
-            logger.warning("the plugin processes died while idle; starting new ones")
-            self.close()
-            self._pool = self._start()
-            return self._pool.schedule(function, args=arguments, timeout=self._timeout)
+        with self._starting:
+            if self._closed:
+                raise RuntimeError("the plugin processes were stopped")
+            try:
+                return self._pool.schedule(function, args=arguments, timeout=self._timeout)
+            except RuntimeError:  # the pool broke: an idle worker was killed from outside
+                logger.warning("the plugin processes died while idle; starting new ones")
+                self._stop()
+                self._pool = self._start()
+                return self._pool.schedule(function, args=arguments, timeout=self._timeout)
 
     def outcome(self, spec: str, future: Future[Any]) -> Any:
         """Wait for the result of a call of `spec`, or a `Failure`."""
@@ -87,6 +93,12 @@ class PluginProcesses:
             return Failure("error", f"{spec} raised {type(error).__name__}: {error}")
 
     def close(self) -> None:
+        """Calls under way end as failed; none can be begun any more."""
+        with self._starting:
+            self._closed = True
+            self._stop()
+
+    def _stop(self) -> None:
         self._pool.stop()
         self._pool.join()
 

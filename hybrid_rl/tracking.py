@@ -104,6 +104,7 @@ class RunDirectory:
                     "given": completion.given,
                     "finish_reason": completion.finish_reason,
                     "weight_version": completion.weight_version,
+                    "later_versions": completion.later_versions,
                     "answer": group.prompt.columns.get("answer"),
                 }
                 lines.append(json.dumps(record, default=str))

@@ -218,22 +218,20 @@ def wait_any(pending: Sequence[Pending], seconds: float) -> None:
         pending[0].ready(min(left, _POLL_SECONDS if len(pending) == 1 else _TURN_SECONDS))
 
 
-def call_all(workers: Sequence[WorkerHandle], method: str, /, *args: Any, **kwargs: Any) -> list[Any]:
-    """Call `method` on every worker at once and wait for all results, in order."""
-    return gather([w.submit(method, *args, **kwargs) for w in workers])
-
-
-def gather(pending: Sequence[Pending]) -> list[Any]:
-    """All results, in order.
+def gather(pending: Sequence[Pending], timeout: float | None = None) -> list[Any]:
+    """All results, in order. Raises `WorkerDied` if one is not there after `timeout` seconds.
 
     The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
     """
+    until = None if timeout is None else time.monotonic() + timeout
     waiting = set(range(len(pending)))
     while waiting:
         wait_any([pending[i] for i in waiting], _POLL_SECONDS)
         for i in [i for i in waiting if pending[i].ready(0)]:
             pending[i].result()
             waiting.remove(i)
+        if waiting and until is not None and time.monotonic() > until:
+            pending[min(waiting)].result(0)  # says who it is
     return [p.result() for p in pending]
 
 

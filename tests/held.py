@@ -16,7 +16,7 @@ def receive(transport: Transport, updates: Sequence[WeightUpdate]) -> dict[str, 
     for update in updates:
         held = held if update.base_version is not None else {}
         for bucket in update.buckets:
-            for record in unpack(fetch(transport, bucket)):
+            for record in unpack(fetch(transport, bucket, update.version)):
                 if record.dense is not None:
                     held[record.name] = record.dense.clone()
                 else:

@@ -25,12 +25,15 @@ _TAG = "train"
 class Overlapped:
     """A `RolloutSource` that is at most `async.max_staleness` updates ahead. With 0 it does what `InTurn` does."""
 
-    def __init__(self, config: Config, workplace: Workplace, prompts: PromptSource) -> None:
+    def __init__(self, config: Config, workplace: Workplace, prompts: PromptSource, steps: int) -> None:
+        """`steps`: how many are left; no prompt is drawn that none of them uses."""
         self._config, self._prompts = config, prompts
         self._workplace, self._episodes = workplace, workplace.episodes
         self._most_open = (config.asynchrony.max_staleness + 1) * config.batch.prompts
         self._open = 0
         """Prompts that were drawn, of which the engines do not have the update yet."""
+        self._left = steps * config.batch.prompts
+        """Prompts to draw yet."""
         self._in_step = 0
         """Those of them that the step under way trains on."""
         self._thread = ThreadPoolExecutor(1)  # waits for the reward processes while the engines are seen to
@@ -53,6 +56,7 @@ class Overlapped:
             self.position += len(scored.groups)
             missing = groups_wanted(self._config, self._groups)
             self._open -= missing  # what is drawn again has left the step
+            self._left += missing
             self._in_step = self._config.batch.prompts - missing
             if not missing:
                 break
@@ -73,9 +77,10 @@ class Overlapped:
 
     def _work(self) -> None:
         """See to the engines once: draw prompts, take answers, and have a step's worth of them scored."""
-        room = self._most_open - self._open
+        room = min(self._most_open - self._open, self._left)
         if room > 0:
             self._open += room
+            self._left -= room
             self._episodes.submit(self._prompts.take(room), training_sampling(self._config), _TAG)
         self._episodes.poll(_POLL_SECONDS)
         if self._scoring is None:

@@ -16,37 +16,52 @@ logger = logging.getLogger(__name__)
 class MeetingCourier:
     """`Courier` for `sync.transport=nccl`. A meeting lasts as long as the same engines take part and nothing fails."""
 
-    def __init__(self, learner: Callable[[], LearnerGroup], endpoint: Callable[[], tuple[str, int]]) -> None:
-        """`endpoint`: address and a free port on the machine of the learner's rank 0."""
-        self._learner, self._endpoint = learner, endpoint
+    def __init__(
+        self, learner: Callable[[], LearnerGroup], endpoint: Callable[[], tuple[str, int]], timeout: float
+    ) -> None:
+        """`endpoint`: address and a free port on the machine of the learner's rank 0. Who has not answered after
+        `timeout` seconds is not waited for."""
+        self._learner, self._endpoint, self._timeout = learner, endpoint, timeout
         self._epochs = itertools.count()
         self._members: list[WorkerHandle] = []
         self._sending: Pending | None = None
 
     def bring(self, engines: Sequence[WorkerHandle], updates: Sequence[WeightUpdate]) -> None:
-        sound = self._over(self._sending)
-        if not sound or list(engines) != self._members:
-            self._meet(engines)
-        self._sending = self._learner().begin_send(updates)
+        """Where a meeting fails nothing is sent; the engines' own calls fail then, and the pool sees to it."""
+        sound = self._sending is None or self._over(self._sending)
+        self._sending = None
+        if (sound and list(engines) == self._members) or self._meet(engines):
+            self._sending = self._learner().begin_send(updates)
 
-    def _meet(self, engines: Sequence[WorkerHandle]) -> None:
-        """An engine that does not come is noticed by the pool, when it does not answer the update either."""
+    def _meet(self, engines: Sequence[WorkerHandle]) -> bool:
+        """Whether all have come."""
         members = ("learner", *(engine.name for engine in engines))
         meeting = Meeting(*self._endpoint(), members, next(self._epochs))
-        joining = [self._learner().begin_join(meeting)]
+        learner = self._learner().begin_join(meeting)
+        came = []
         for rank, engine in enumerate(engines, start=1):
             try:
-                joining.append(engine.submit("join", meeting, rank))
+                came.append(engine.submit("join", meeting, rank))
             except WorkerDied:
                 continue
-        self._members = list(engines) if all([self._over(j) for j in joining]) else []
+        complete = all([self._over(learner), *(self._over(call, engine=True) for call in came)])
+        self._members = list(engines) if complete else []
+        return complete
 
-    def _over(self, call: Pending | None) -> bool:
-        """Wait for a call; whether it went well."""
+    def _over(self, call: Pending, *, engine: bool = False) -> bool:
+        """Wait for a call; whether it went well. An engine that died is the pool's to notice, a learner that did ends
+        the run."""
         try:
-            if call is not None:
-                call.result()
-        except (SyncTimeout, WorkerDied) as failure:
+            call.result(self._timeout)
+        except SyncTimeout as failure:
             logger.warning("%s", failure)
             return False
+        except WorkerDied as death:
+            if not engine:
+                raise
+            logger.warning("%s", death)
+            return False
         return True
+
+    def free(self) -> bool:
+        return not self._learner().trains

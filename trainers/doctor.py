@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_rl.config import Config
-from hybrid_rl.plan import select_candidates
+from hybrid_rl.plan import AdaptationPlan, select_candidates
 from trainers.gate import VARIANTS, Gate
 from trainers.setup import Task, Workplace, check_task, open_workplace, plan_from
 
@@ -27,41 +27,47 @@ def doctor_sync(config: Config, console: Console) -> bool:
     with console.status("starting learner and engines"), open_workplace(config, task) as workplace:
         plan = task.plan or _draft(config, task)
         workplace.learner.build(plan)
-        console.print(_syncs(config, task, workplace))
+        table, well = _syncs(config, task, workplace)
+        console.print(table)
         gate = Gate(config, workplace, task.eval)
         found = gate.bisect(SYNCS - 1)
     console.print(_differences(found, gate.limit))
-    well = all(mean <= gate.limit for by_engine in found.values() for mean in by_engine.values())
-    console.print("every engine computes what the learner computes" if well else "[bold red]engines differ")
-    return well
+    alike = all(mean <= gate.limit for by_engine in found.values() for mean in by_engine.values())
+    console.print("every engine computes what the learner computes" if alike else "[bold red]engines differ")
+    if not well:
+        console.print("[bold red]not every engine held what it was sent[/] (sync.verify must be on to know)")
+    return alike and well
 
 
-def _draft(config: Config, task: Task):
+def _draft(config: Config, task: Task) -> AdaptationPlan:
     """A plan with both parts, where the settings have both."""
     order = {c.name: float(i) for i, c in enumerate(select_candidates(task.anatomy, config.plan))}
     return plan_from(task.anatomy, config, order, {"score": "doctor"})
 
 
-def _syncs(config: Config, task: Task, workplace: Workplace) -> Table:
+def _syncs(config: Config, task: Task, workplace: Workplace) -> tuple[Table, bool]:
+    """What was sent, and whether every engine held it at once."""
     table = Table(
         "version", "kind", "bytes", "of the model", "seconds", "verified", title="Syncs", title_justify="left"
     )
+    well = True
     for version in range(SYNCS):
         if version:
             workplace.learner.perturb(config.seed + version, SCALE)
-        started = time.perf_counter()
+        repairs, started = workplace.pool.repairs, time.perf_counter()
         synced = workplace.sync(version)
         seconds = time.perf_counter() - started
-        update = synced.update
+        update, repairs = synced.update, workplace.pool.repairs - repairs
+        well &= not repairs and synced.verified == config.rollout.engines
         table.add_row(
             str(version),
             "anchor" if update.base_version is None else "delta",
             f"{update.bytes:,}",
             f"{update.bytes / task.model_bytes:.2%}",
             f"{seconds:.3f}",
-            f"{synced.verified} of {config.rollout.engines}" + (" after repair" if synced.repaired else ""),
+            f"{synced.verified} of {config.rollout.engines}" + (f", {repairs} after repair" if repairs else ""),
         )
-    return table
+    return table, well
 
 
 def _differences(found: dict[str, dict[int, float]], limit: float) -> Table:

@@ -55,8 +55,9 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
             run.write_summary({"eval_before": before, "ranking_seconds": ranking, "plan_hash": plan.hash})
         screen.show_start(done.step, done.last_eval or before)
         prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
-        overlaps = config.asynchrony.max_staleness > 0
-        source = (Overlapped if overlaps else InTurn)(config, workplace, prompts)
+        source: RolloutSource = InTurn(config, workplace, prompts)
+        if config.asynchrony.max_staleness:
+            source = Overlapped(config, workplace, prompts, config.steps - done.step)
         recorder = Recorder(config, task, workplace, plan, run, screen, done, started)
         with closing(source), closing(recorder):
             _loop(config, workplace, source, gate, recorder, SkipGuard(run, config.learner.max_skipped_updates), done)

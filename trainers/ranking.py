@@ -72,7 +72,8 @@ def _observe(config: Config, task: Task, workplace: Workplace, score: Score, pro
         progress("rollouts of the base policy", 0, 1)
         [halves], dropped = _rollouts(config, workplace, prompts, step=0, parts=1)
         progress("gradients", 1, 1)
-        workplace.learner.observe(halves)
+        with workplace.learning():
+            workplace.learner.observe(halves)
         _warn_if_nothing([len(half) for half in halves])
         return {"prompts": len(prompts), "zero_variance_groups": dropped}
     steps, parts = config.probe_steps, min(config.plan.probe.mini_batches, config.batch.prompts // 2)
@@ -85,7 +86,8 @@ def _observe(config: Config, task: Task, workplace: Workplace, score: Score, pro
         prompts = source.take(config.batch.prompts)
         batches, lost = _rollouts(config, workplace, prompts, step, parts)
         for part, halves in enumerate(batches):
-            workplace.learner.observe(halves, config.probe_lr * probe_schedule(step * parts + part, total))
+            with workplace.learning():
+                workplace.learner.observe(halves, config.probe_lr * probe_schedule(step * parts + part, total))
             sequences = [n + len(half) for n, half in zip(sequences, halves, strict=True)]
         used, dropped = used + len(prompts), dropped + lost
     progress("probe", steps, steps)

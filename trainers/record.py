@@ -35,7 +35,7 @@ class Recorder:
         self._config, self._task, self._workplace, self._plan = config, task, workplace, plan
         self._run, self._screen, self._log = run, screen, MetricsLog(run, config, last=done.row)
         self._before = done.wall_seconds - started
-        self._faults = self._pool_faults()
+        self._faults: Mapping[str, int] = {}
         self.last_eval: Mapping[str, float] = done.last_eval
 
     def write(
@@ -54,12 +54,13 @@ class Recorder:
         row = {"step": step, **reward_metrics(rollouts.groups, data), **stats.metrics, **metrics}
         row |= {"sync/bytes": synced.update.bytes, "sync/full_model_bytes": self._task.model_bytes}
         row |= {"sync/anchor": float(synced.update.base_version is None), "sync/version": synced.update.version}
-        row |= {"sync/verified_engines": synced.verified, "sync/repaired_engines": synced.repaired}
+        row["sync/verified_engines"] = synced.verified
+        row["sync/merged_engines"] = workplace.pool.merged_engines
         row |= staleness_metrics(rollouts.groups, step - 1)
         row |= {f"faults/reward_{kind}": count for kind, count in rollouts.faults.items()}
         row["reward/resampled_groups"] = rollouts.resampled
         faults = self._pool_faults()
-        row |= {f"faults/{name}": count - self._faults[name] for name, count in faults.items()}
+        row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()}
         self._faults = faults
         run.write_rollouts(step, rollouts.groups, data.advantages)
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
@@ -93,4 +94,5 @@ class Recorder:
 
     def _pool_faults(self) -> dict[str, int]:
         pool, episodes = self._workplace.pool, self._workplace.episodes
-        return {"engine_restarts": pool.restarts, "engine_backups": pool.backups, **episodes.faults}
+        faults = {"engine_restarts": pool.restarts, "engine_backups": pool.backups, **episodes.faults}
+        return {"sync/repaired_engines": pool.repairs} | {f"faults/{name}": n for name, n in faults.items()}

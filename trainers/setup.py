@@ -65,13 +65,11 @@ class Workplace:
         """Bring every engine to the learner's weights, or to those of `parts` and the base model's for the rest;
         completions under way go on as `in_flight` says."""
         update = self.learner.export(version, tuple(parts))
-        repairs = self.pool.repairs
-        verified = self.pool.update(update, in_flight)
-        return Synced(update, verified, self.pool.repairs - repairs)
+        return Synced(update, self.pool.update(update, in_flight))
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside, the learner works: engines that share its GPUs release their memory."""
+        """Inside, the learner computes: engines that share its GPUs release their memory."""
         if not self.colocated:
             yield
             return
@@ -89,8 +87,6 @@ class Synced:
     update: WeightUpdate
     verified: int
     """Engines whose receipt equals the learner's digests."""
-    repaired: int
-    """Engines that did not hold what they were sent, and were sent everything again."""
 
 
 def check_task(config: Config) -> Task:
@@ -220,15 +216,22 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iter
             timeout=config.rollout.timeout,
             start_timeout=config.rollout.start_timeout,
             max_concurrent=config.rollout.max_concurrent,
+            sync_timeout=config.sync.timeout,
             verify=config.sync.verify,
-            courier=MeetingCourier(lambda: workplace.learner, lambda: cluster.endpoint(workplace.learner.first))
-            if transport.sends
-            else None,
+            courier=_courier(config, workplace) if transport.sends else None,
         )
         workplace.episodes = Episodes(workplace.pool, **answering)
         workplace.learner = _start_learner(config, cluster, transport)
         workplace.pool.wait_ready()
         yield workplace
+
+
+def _courier(config: Config, workplace: Workplace) -> MeetingCourier:
+    return MeetingCourier(
+        lambda: workplace.learner,
+        lambda: workplace.cluster.endpoint(workplace.learner.first),
+        timeout=2 * config.sync.timeout,  # a transport's own limits come first, and say more
+    )
 
 
 def ranks(config: Config) -> bool:
@@ -251,16 +254,16 @@ def _check_choices(config: Config, anatomy: Anatomy) -> None:
 
 
 def check_engine(config: Config, plan: AdaptationPlan) -> None:
-    """Refuse what vLLM cannot be sent."""
+    """Refuse what vLLM cannot be sent; the engines look more closely when they start."""
     if config.rollout.engine != "vllm":
         return
     rank = max((m.rank or 0 for m in plan.modules), default=0)
-    if rank > LARGEST_ADAPTER_RANK:
+    if rank > LARGEST_ADAPTER_RANK and config.sync.adapter != "merged":
         raise ConfigError(
-            f"lora.rank={rank} is more than rollout.engine=vllm serves ({LARGEST_ADAPTER_RANK}); lower it, or use "
-            "rollout.engine=transformers"
+            f"lora.rank={rank} is more than rollout.engine=vllm serves ({LARGEST_ADAPTER_RANK}) as an adapter; lower "
+            "it, or use sync.adapter=merged"
         )
-    held = ("attention", "recurrent", "mlp", "norm", "router")
+    held = ("attention", "recurrent", "mlp", "norm", "router", "lm_head", "embedding")
     other = [m for m in plan.modules if m.treatment != "frozen" and (m.component not in held or len(m.shape) != 2)]
     other = [m for m in other if not (m.component == "norm" and len(m.shape) == 1)]
     if other:
@@ -379,6 +382,9 @@ def _start_engine(
         transport=transport,
         adapter=config.sync.adapter,
         lora_modules=tuple(dict.fromkeys(m.name for p in plans for m in p.named("lora"))),
+        full_names=tuple(
+            dict.fromkeys(f"{m.name}.weight" for p in plans for m in p.named("full") if len(m.shape) == 2)
+        ),
         tensor_parallel=config.rollout.tensor_parallel,
         sleeps=config.cluster.placement == "colocate",
     )
@@ -396,7 +402,7 @@ def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> Le
         cluster.start(rank, LearnerWorker, config, rank, transport, name=f"learner-{rank}", takes=takes)
         for rank in range(config.learner.world_size)
     ]
-    learner = LearnerGroup(workers)
+    learner = LearnerGroup(workers, timeout=config.learner.timeout)
     found = learner.connect(*cluster.endpoint(workers[0]))
     if found["layout"] not in ("segments", "positions") and config.learner.packing == "auto":
         logger.warning("sequences are padded, not packed: %s", found["reason"])

@@ -132,7 +132,8 @@ def _divergences(workplace: Workplace, groups: list[ScoredGroup]) -> list[list[f
         for c in g.completions
         if c.token_ids
     ]
-    values = iter(workplace.learner.divergences(workplace.cluster.share(sequences)))
+    with workplace.learning():
+        values = iter(workplace.learner.divergences(workplace.cluster.share(sequences)))
     return [[next(values) if c.token_ids else 0.0 for c in g.completions] for g in groups]
 
 

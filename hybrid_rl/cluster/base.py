@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.types import Resources, WorkerHandle
-from hybrid_rl.weight_sync import Collective, CudaIpc, Directory, Transport
+from hybrid_rl.weight_sync import Collective, Directory, Transport
 
 
 class Cluster(Protocol):
@@ -42,34 +42,24 @@ class Cluster(Protocol):
 
 def make_transport(config: Config, cluster: Cluster, memory: Transport) -> Transport:
     """`Cluster.transport`; `memory` is what the cluster has as its `object_store`."""
-    sync, inline = config.sync, config.cluster.backend == "inline"
+    sync = config.sync
     if sync.transport == "directory":
         root = Path(sync.directory or "")
         if not os.access(root, os.W_OK | os.X_OK) or not root.is_dir():
             raise ConfigError(f"sync.directory={sync.directory!r} is no directory that can be written to; make it")
         return Directory(root, sync.timeout)
-    if sync.transport in ("nccl", "ipc") and inline:
-        raise ConfigError(
-            f"sync.transport={sync.transport} is between processes, and cluster.backend=inline has one; use "
-            "sync.transport=object_store"
-        )
     if sync.transport == "nccl":
+        if config.cluster.backend == "inline":
+            raise ConfigError(
+                "sync.transport=nccl is between processes, and cluster.backend=inline has one; use "
+                "sync.transport=object_store"
+            )
         if cluster.has_gpus and config.cluster.placement == "colocate":
             raise ConfigError(
                 "sync.transport=nccl is between GPUs, and with cluster.placement=colocate learner and engine share "
-                "one; use sync.transport=ipc or object_store"
+                "one; use sync.transport=object_store"
             )
         return Collective(sync.timeout, "cuda" if cluster.has_gpus else "cpu")
-    if sync.transport == "ipc":
-        if not cluster.has_gpus:
-            raise ConfigError("sync.transport=ipc passes CUDA memory, and there is no GPU; use object_store")
-        if config.rollout.engines != 1 or config.rollout.tensor_parallel != 1:
-            raise ConfigError(
-                f"sync.transport=ipc reaches engines on the GPU of learner rank 0 only, but rollout.engines="
-                f"{config.rollout.engines} with rollout.tensor_parallel={config.rollout.tensor_parallel} are on "
-                "others too; use sync.transport=object_store"
-            )
-        return CudaIpc()
     return memory
 
 

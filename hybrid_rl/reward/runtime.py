@@ -47,24 +47,31 @@ class RewardPool:
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> Scored:
         """Score every completion with every plugin. A completion on which any plugin failed has no reward, nor has one
-        whose environment failed, whatever its parts.
+        whose environment failed, which no plugin is called with.
 
         Raises `RuntimeError` if a plugin failed on every completion: it is broken.
         """
-        results = {spec.plugin: self._score_with(spec.plugin, prompts, groups) for spec in self._specs}
+        kept = [[j for j, c in enumerate(g) if c.finish_reason != "environment"] for g in groups]
+        asked = [i for i, indices in enumerate(kept) if indices]
+        if groups and not asked:
+            raise RuntimeError("rollout.environment failed on every completion; the log says how")
         faults = {"timeout": 0, "error": 0, "crash": 0}
+        tables: dict[str, list[list[float | Failure | None]]] = {}
+        for plugin in (spec.plugin for spec in self._specs):
+            table = tables[plugin] = [[None] * len(g) for g in groups]
+            answers = self._score_with(
+                plugin, [prompts[i] for i in asked], [[groups[i][j] for j in kept[i]] for i in asked]
+            )
+            for i, row in zip(asked, answers, strict=True):
+                for j, score in zip(kept[i], row, strict=True):
+                    table[i][j] = score
+                    if isinstance(score, Failure):
+                        faults[score.kind] += 1
         scored = []
         for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-            rows = [[results[spec.plugin][i][j] for spec in self._specs] for j in range(len(group))]
-            for failure in (entry for row in rows for entry in row if isinstance(entry, Failure)):
-                faults[failure.kind] += 1
-            parts = {
-                spec.plugin: tuple(None if isinstance(e, Failure) else e for e in results[spec.plugin][i])
-                for spec in self._specs
-            }
-            totals = [self._total(row) for row in rows]
-            rewards_G = [None if c.finish_reason == "environment" else r for c, r in zip(group, totals, strict=True)]
-            scored.append(ScoredGroup(prompt, tuple(group), tuple(rewards_G), parts))
+            rewards_G = tuple(self._total([tables[s.plugin][i][j] for s in self._specs]) for j in range(len(group)))
+            parts = {p: tuple(None if isinstance(e, Failure) else e for e in t[i]) for p, t in tables.items()}
+            scored.append(ScoredGroup(prompt, tuple(group), rewards_G, parts))
         return Scored(scored, faults)
 
     def close(self) -> None:

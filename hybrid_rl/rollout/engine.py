@@ -36,6 +36,8 @@ class EngineSettings:
     """`sync.adapter`."""
     lora_modules: tuple[str, ...] = ()
     """Modules that updates may carry LoRA factors of."""
+    full_names: tuple[str, ...] = ()
+    """Weights that updates may carry whole, by parameter name."""
     tensor_parallel: int = 1
     sleeps: bool = False
     """Whether `sleep` will be called: `cluster.placement=colocate`."""

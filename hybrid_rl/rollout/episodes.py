@@ -76,7 +76,7 @@ class Episodes:
         )
         """Completions so far that ended because the environment failed, by how."""
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, tag: str = "") -> None:
+    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, tag: str = "", *, first: bool = False) -> None:
         """Begin `sampling.n` completions of each prompt. `take_next` of the same tag has them."""
         groups = [_Group(p, sampling, prompt_seed(sampling.seed, p.id), [None] * sampling.n) for p in prompts]
         self._groups.setdefault(tag, []).extend(groups)
@@ -84,7 +84,7 @@ class Episodes:
             Request(f"{tag}/{g.prompt.id}#{next(self._numbers)}", g.prompt.token_ids, sampling, g.seed) for g in groups
         ]
         self._asked |= {r.id: g for r, g in zip(requests, groups, strict=True)}
-        self._pool.submit(requests)
+        self._pool.submit(requests, first=first)
 
     def poll(self, seconds: float) -> None:
         """Let engines and environment work; returns after about `seconds`, or once something was finished."""
@@ -113,7 +113,7 @@ class Episodes:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
         """`sampling.n` completions of each prompt, in order. What else was submitted goes on meanwhile, and stays."""
         tag = f"generate-{next(self._numbers)}"
-        self.submit(prompts, sampling, tag)
+        self.submit(prompts, sampling, tag, first=True)  # the caller waits
         while self.unfinished(tag):
             self.poll(1.0)
         taken = self.take_next(len(prompts), tag)

@@ -41,7 +41,7 @@ _BACKUP_FACTOR = 4.0
 _MENDABLE = (UpdateRefused, SyncTimeout)
 """What sending everything again may mend."""
 
-_Doing = Literal["start", "apply", "repair", "advance", "sleep", "wake"]
+_Doing = Literal["start", "catch up", "apply", "repair", "advance", "sleep", "wake"]
 
 
 @dataclass
@@ -50,9 +50,16 @@ class _Slot:
 
     index: int
     engine: WorkerHandle
-    version: int | None = None
-    """What it holds by its last verified receipt; `None` for the base model, or what is not known."""
     serves: bool = False
+    asleep: bool = False
+    replaces: bool = False
+    """Whether another engine was in this place before."""
+    sent: WeightUpdate | None = None
+    """The update that it was last asked to hold."""
+    held: WeightUpdate | None = None
+    """The one that it holds by its last receipt; `None` for the base model, or what is not known."""
+    adapter: str = "none"
+    """How it serves LoRA, by its last receipt."""
     holds: dict[str, float] = field(default_factory=dict)
     """Requests that it was given and has not answered -> when it got them."""
     fresh: list[Request] = field(default_factory=list)
@@ -72,6 +79,10 @@ class Courier(Protocol):
         """Begin to send `updates` to just these engines, which are asked to apply them next."""
         ...
 
+    def free(self) -> bool:
+        """Whether `bring` would begin at once."""
+        ...
+
 
 class RolloutPool:
     """No prompt is lost or answered twice, whatever engines do; what cannot be mended raises."""
@@ -85,18 +96,21 @@ class RolloutPool:
         timeout: float,
         start_timeout: float,
         max_concurrent: int,
+        sync_timeout: float = 0.0,
         verify: bool = True,
         courier: Courier | None = None,
     ) -> None:
-        """`spawn(i)` starts engine i, of which each decodes `max_concurrent` sequences at once. Times in seconds.
-        `courier`: where the transport sends."""
+        """`spawn(i)` starts engine i, of which each decodes `max_concurrent` sequences at once. Times in seconds;
+        `sync_timeout`: an update may take so much longer than other calls. `courier`: where the transport sends."""
         self._spawn = spawn
-        self._timeout, self._start_timeout = timeout, start_timeout
+        self._timeout, self._start_timeout, self._sync_timeout = timeout, start_timeout, sync_timeout
         self._most_sequences = 2 * max_concurrent  # so that an engine always has the next ones at hand
         self._restarts_left = max_restarts
         self._check_receipts, self._courier = verify, courier
         self._queue: deque[Request] = deque()
         self._asked: dict[str, Request] = {}
+        self._pinned: set[str] = set()
+        """Requests that only the engine which was given them may answer."""
         self._finished: dict[str, tuple[Completion, ...]] = {}
         self._latencies: deque[float] = deque(maxlen=64)
         self._log: list[WeightUpdate] = []
@@ -124,35 +138,48 @@ class RolloutPool:
         """Requests that are not answered yet."""
         return len(self._asked)
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests. Their ids must be new."""
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
+        """Queue requests, at the end or before all others. Their ids must be new."""
         for request in requests:
             if request.id in self._asked or request.id in self._finished:
                 raise ValueError(f"request {request.id} was submitted before")
             self._asked[request.id] = request
-            self._queue.append(request)
+        if first:
+            self._queue.extendleft(reversed(requests))
+        else:
+            self._queue.extend(requests)
 
     def ask_each(self, requests: Sequence[Request]) -> dict[int, list[tuple[Completion, ...]]]:
-        """The same requests to every serving engine, beside what it is doing. Returns the answers by engine; if
-        one died meanwhile, another's are in their place."""
+        """The same requests to every serving engine, beside what it is doing. Returns the answers by engine, without
+        any that failed meanwhile; if all did, their successors are asked."""
         while not (engines := [slot for slot in self._slots if slot.serves]):
             self.poll(1.0)
         names = {slot.index: [f"{r.id}@{slot.index}" for r in requests] for slot in engines}
         for slot in engines:
             for name, request in zip(names[slot.index], requests, strict=True):
                 self._asked[name] = replace(request, id=name)
+                self._pinned.add(name)
                 self._give(slot, self._asked[name])
         while any(name in self._asked for each in names.values() for name in each):
             self.poll(1.0)
-        return {index: [self._finished.pop(name) for name in each] for index, each in names.items()}
+        self._pinned.difference_update(name for each in names.values() for name in each)
+        answers = {i: [self._finished.pop(n) for n in each if n in self._finished] for i, each in names.items()}
+        whole = {index: found for index, found in answers.items() if len(found) == len(requests)}
+        return whole or self.ask_each(requests)
 
     def take_finished(self) -> dict[str, tuple[Completion, ...]]:
         """What was answered since the last call, by request id."""
         finished, self._finished = self._finished, {}
         return finished
 
+    @property
+    def merged_engines(self) -> int:
+        """Serving engines that have LoRA, or some of it, merged into their weights."""
+        return sum(slot.serves and slot.adapter in ("merged", "mixed") for slot in self._slots)
+
     def poll(self, seconds: float) -> None:
         """Give the engines work and take their answers; returns after about `seconds`, or once one has answered."""
+        self._catch_up()
         self._share_out()
         for slot in self._slots:
             if slot.serves and slot.pending is None and (slot.holds or slot.cancelled):
@@ -170,25 +197,28 @@ class RolloutPool:
         if in_flight == "wait":
             self._drain()
             in_flight = "keep"
-        self._log = [*([] if update.base_version is None else self._log), update]
+        self._log = [update] if update.base_version is None else [*self._log, update]
         self.version = update.version
         self._settle()
         self._apply([slot for slot in self._slots if slot.serves], in_flight)
+        self._catch_up()
         self._settle()
-        return sum(slot.serves and slot.version == self.version for slot in self._slots) * self._check_receipts
+        return sum(slot.serves and slot.held is update for slot in self._slots) * self._check_receipts
 
     def sleep(self) -> None:
-        """Have every engine release its memory."""
-        self._on_serving("sleep")
+        """Have every engine release its memory; one that is being replaced, once it serves."""
+        while not all(slot.asleep for slot in self._slots):
+            self.wait_ready()
+            self._on_serving("sleep", [slot for slot in self._slots if not slot.asleep])
 
     def wake(self) -> None:
         """Undo `sleep`."""
-        self._on_serving("wake")
+        self._on_serving("wake", self._slots)
 
-    def _on_serving(self, what: Literal["sleep", "wake"]) -> None:
-        """Make a call on every serving engine, once its slice is over, and wait for it."""
+    def _on_serving(self, what: Literal["sleep", "wake"], slots: Sequence[_Slot]) -> None:
+        """Make a call on those of `slots` that serve, once their slice is over, and wait for it."""
         self._settle()
-        for slot in self._slots:
+        for slot in slots:
             if slot.serves:
                 self._call(slot, what, what)
         self._settle()
@@ -231,6 +261,7 @@ class RolloutPool:
             for name in slot.holds:
                 holders.setdefault(name, []).append(slot)
         late = [n for n, slots in holders.items() if len(slots) == 1 and _now() - slots[0].holds[n] > limit]
+        late = [n for n in late if n not in self._pinned]
         for slot, name in zip(idle, late, strict=False):
             logger.warning("rollout engine %d is slow with %s; giving it to another too", holders[name][0].index, name)
             self.backups += 1
@@ -247,6 +278,7 @@ class RolloutPool:
 
     def _call(self, slot: _Slot, doing: _Doing, method: str, *args: Any) -> None:
         slot.doing, slot.limit = doing, self._start_timeout if doing == "start" else self._timeout
+        slot.limit += self._sync_timeout if doing in ("apply", "repair") else 0.0
         slot.deadline = _now() + slot.limit
         try:
             slot.pending = slot.engine.submit(method, *args)
@@ -277,48 +309,72 @@ class RolloutPool:
             return self._replace(slot, str(death))
         except _MENDABLE as failure:
             return self._mend(slot, slot.doing, failure)
+        except RuntimeError as failure:
+            if slot.doing == "start" and slot.replaces:  # another may start, say when the last one's memory is free
+                return self._replace(slot, str(failure))
+            raise
         if slot.doing == "start":
-            if self._log:
-                self._apply([slot], "keep")
-            else:
-                slot.serves = True
+            slot.doing = "catch up"
+            self._catch_up()
+        elif slot.doing in ("sleep", "wake"):
+            slot.asleep = slot.doing == "sleep"
         elif slot.doing in ("apply", "repair"):
             self._verify(slot, answer)
         elif slot.doing == "advance":
             self._receive(slot, answer)
 
+    def _catch_up(self) -> None:
+        """Bring engines that have started to the current weights."""
+        for slot in self._slots:
+            if slot.doing != "catch up" or slot.pending is not None:
+                continue
+            if not self._log:
+                slot.serves, slot.doing = True, "advance"
+            elif self._courier is None or self._courier.free():
+                self._apply([slot], "keep")
+
     def _apply(self, slots: Sequence[_Slot], in_flight: str, doing: _Doing = "apply") -> None:
-        """Send the last update, or all since the anchor where that is not what an engine's version leads to."""
-        last = self._log[-1]
-        direct = [s for s in slots if s.version is not None and s.version == last.base_version]
-        for takers, updates in ((direct, [last]), ([s for s in slots if s not in direct], list(self._log))):
-            if takers and self._courier is not None:
+        """Send each engine what leads from what it holds to the last update: that alone, or all since the anchor."""
+        by_start: dict[int, list[_Slot]] = {}
+        for slot in slots:
+            held = next((i + 1 for i, update in enumerate(self._log) if update is slot.held), 0)
+            by_start.setdefault(held, []).append(slot)
+        for start, takers in by_start.items():
+            updates = self._log[start:]
+            if self._courier is not None:
                 self._courier.bring([slot.engine for slot in takers], updates)
             for slot in takers:
+                slot.sent = updates[-1]
                 self._call(slot, doing, "apply_updates", updates, in_flight)
 
     def _verify(self, slot: _Slot, receipt: Receipt) -> None:
+        assert slot.sent is not None
         if self._check_receipts:
             try:
-                verify_receipts(self._log[-1], [receipt])
+                verify_receipts(slot.sent, [receipt])
             except SyncMismatch as mismatch:
                 return self._mend(slot, slot.doing, mismatch)
-        slot.version, slot.serves = receipt.version, True
+        slot.held, slot.adapter = slot.sent, receipt.adapter
+        slot.serves = slot.sent is self._log[-1]
+        if not slot.serves:  # others had another update meanwhile
+            self._apply([slot], "keep")
 
     def _mend(self, slot: _Slot, doing: _Doing, why: Exception) -> None:
-        """Send everything again, once."""
-        slot.version = None
-        if doing == "repair":
-            raise why
-        logger.warning("%s; sending rollout engine %d everything again", why, slot.index)
-        self.repairs += 1
-        self._apply([slot], "recompute", "repair")
+        """Send everything again, once; more often only where what was sent has been superseded."""
+        slot.held = None
+        if doing == "repair" and slot.sent is self._log[-1]:
+            raise type(why)(f"{slot.engine.name}, which was sent everything again: {why}") from why
+        if slot.sent is self._log[-1]:
+            logger.warning("%s: %s; sending everything again", slot.engine.name, why)
+            self.repairs += 1
+            doing = "repair"
+        self._apply([slot], "recompute", doing)
 
     def _receive(self, slot: _Slot, progress: Progress) -> None:
-        if progress.version != (slot.version or 0):
+        version = 0 if slot.held is None else slot.held.version
+        if progress.version != version:
             raise RuntimeError(
-                f"engine {slot.index} answered with weights of version {progress.version}, it should have "
-                f"{slot.version or 0}"
+                f"{slot.engine.name} answered with weights of version {progress.version}, it should have {version}"
             )
         for name, completions in progress.finished.items():
             started = slot.holds.pop(name, None)
@@ -344,10 +400,12 @@ class RolloutPool:
         self._restarts_left -= 1
         self.restarts += 1
         elsewhere = {name for other in self._slots if other is not slot for name in other.holds}
+        for name in self._pinned & slot.holds.keys():
+            self._asked.pop(name, None)
         self._queue.extendleft(self._asked[n] for n in reversed(slot.holds) if n not in elsewhere and n in self._asked)
         slot.engine.kill()
         slot.holds, slot.fresh, slot.cancelled = {}, [], []
-        slot.version, slot.serves, slot.pending = None, False, None
+        slot.held, slot.serves, slot.asleep, slot.replaces, slot.pending = None, False, False, True, None
         slot.engine = self._spawn(slot.index)
         self._call(slot, "start", "info")
 

@@ -70,11 +70,15 @@ class TransformersEngine:
         layout = _Layout(self._model, settings)
         self._weights = HeldWeights(layout, BaseFiles(settings.model_path), settings.adapter, dtype)
         try:
-            self._weights.check(settings.lora_modules)
+            self._weights.check_lora(settings.lora_modules)
         except NotServed as error:
             raise ConfigError(
                 f"sync.adapter={settings.adapter}: {error}; leave the module out with plan.exclude"
             ) from error
+        try:
+            self._weights.check_full(settings.full_names)
+        except NotServed as error:
+            raise ConfigError(f"transformers cannot take updates of {error}; leave it out with plan.exclude") from error
         self._runs: deque[_Run] = deque()
         self._finished: dict[str, tuple[Completion, ...]] = {}
         self._asleep = False

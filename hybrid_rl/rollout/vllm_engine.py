@@ -97,10 +97,16 @@ class VllmEngine:
         self._groups: dict[str, _Group] = {}
         self._finished: dict[str, tuple[Completion, ...]] = {}
         self._asleep = False
-        if refusal := self._weights.call("start_weight_sync", settings.adapter, settings.lora_modules):
+        self._weights.call("start_weight_sync", settings.adapter)
+        if refusal := self._weights.refusal("check_lora", settings.lora_modules):
             raise ConfigError(
                 f"sync.adapter={settings.adapter}: vLLM cannot serve LoRA on {refusal}; set sync.adapter=merged, or "
                 f"leave it out with plan.exclude"
+            )
+        if refusal := self._weights.refusal("check_full", settings.full_names):
+            raise ConfigError(
+                f"vLLM cannot take updates of {refusal}; leave it out with plan.exclude, or use "
+                "rollout.engine=transformers"
             )
 
     def advance(self, requests: Sequence[Request], cancelled: Sequence[str], seconds: float) -> Progress:
@@ -249,8 +255,12 @@ class _Workers:
         """The first worker's answer."""
         return self._llm.collective_rpc(method, args=args)[0]
 
+    def refusal(self, method: str, *args: Any) -> str | None:
+        """The first of any worker."""
+        return next((answer for answer in self._llm.collective_rpc(method, args=args) if answer), None)
+
     def begin(self, names: Sequence[str], rank: int, anchor: bool) -> None:
-        if refusal := self.call("begin_update", names, rank, anchor):
+        if refusal := self.refusal("begin_update", names, rank, anchor):
             raise NotServed(refusal)
 
     def write(self, payload: bytes) -> None:

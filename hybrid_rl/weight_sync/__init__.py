@@ -6,7 +6,6 @@ from hybrid_rl.weight_sync.publish import WEIGHTS, Publisher
 from hybrid_rl.weight_sync.receipts import SyncMismatch, verify_receipts
 from hybrid_rl.weight_sync.transport import (
     Collective,
-    CudaIpc,
     Directory,
     Meeting,
     SyncTimeout,
@@ -20,7 +19,6 @@ __all__ = [
     "WEIGHTS",
     "BaseFiles",
     "Collective",
-    "CudaIpc",
     "Directory",
     "Meeting",
     "Publisher",

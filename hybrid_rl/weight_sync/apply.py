@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.weight_sync.base import BaseFiles
-from hybrid_rl.weight_sync.codec import Record, digest, lora_names, unpack
+from hybrid_rl.weight_sync.codec import Record, digest, integers, is_factor, lora_names, module_of, unpack
 
 
 class NotServed(Exception):
     """An engine cannot hold a tensor where updates could write it; the message says which and why."""
+
+
+class CopiesDiffer(Exception):
+    """Places that should hold the same weights do not."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Layout(Protocol):
         ...
 
     def whole(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """The tensor that all processes hold together, in one of them; `None` in the others."""
+        """The tensor that all processes hold together, in one of them; `None` in the others. Raises `CopiesDiffer`."""
         ...
 
 
@@ -85,9 +89,9 @@ class HeldWeights:
         self._rank = 0
         self._complete = False
         """Whether the last update was finished."""
+        self._anchor = False
+        """Whether the update that is being written is complete by itself."""
         self._coming: _Coming | None = None
-        self._unset: set[str] = set()
-        """Tensors that the anchor which is being written has not given yet."""
         self._stale: set[str] = set()
         """Merged modules whose factors have changed."""
 
@@ -98,23 +102,28 @@ class HeldWeights:
             return "mixed"
         return "native" if self._slots else "merged" if self._merged else "none"
 
-    def check(self, modules: Iterable[str]) -> None:
+    def check_lora(self, modules: Iterable[str]) -> None:
         """Raises `NotServed` naming the first of `modules` whose LoRA could not be served."""
         for module in modules:
             self._route(module)
 
+    def check_full(self, names: Iterable[str]) -> None:
+        """Raises `NotServed` naming the first of the weights `names` that could not be written."""
+        for name in names:
+            self._find(name)
+
     def begin(self, names: Sequence[str], rank: int, anchor: bool) -> None:
-        """Get ready for an update of tensors `names`. Raises `NotServed` if one of them cannot be held."""
+        """Get ready for an update of tensors `names`; an `anchor` has each of them whole. Raises `NotServed` if one of
+        them cannot be held."""
+        self._anchor, self._coming = anchor, None
         if not anchor:
             known = self._places.keys() | self._factors.keys()
             if set(names) != known or rank != self._rank:
                 different = sorted(set(names) ^ known) or [f"rank {rank}"]
                 raise NotServed(f"what changed is not of what is held ({different[0]}); an anchor is needed")
-            self._coming, self._unset = None, set()
             return
         if self._complete and set(names) == self._places.keys() | self._factors.keys() and rank == self._rank:
-            self._coming, self._unset = None, set(names)  # nothing to be found or made
-            return
+            return  # nothing to be found or made
         modules = sorted({module_of(name) for name in names if is_factor(name)})  # the same in every process
         native = [m for m in modules if not self._route(m)]
         merged = {m: self._find(f"{m}.weight") for m in modules if m not in native}
@@ -122,17 +131,17 @@ class HeldWeights:
         for name in self._places.keys() - full.keys():
             if not is_factor(name):
                 self._need_files(name)  # its base value will be put back
-        self._coming = _Coming(full, merged, native, rank, tuple(names))
+        self._coming = _Coming(full, merged, native, rank)
 
     @torch.no_grad()
     def write(self, payload: bytes) -> None:
         """Write one part of an update."""
         self._complete = False
+        records = unpack(payload)
+        if self._anchor and (partial := [r.name for r in records if r.dense is None]):
+            raise ValueError(f"{partial[0]} is a difference, but the update is an anchor")
         self._change_over()
-        for record in unpack(payload):
-            if record.dense is None and record.name in self._unset:
-                self._reset(record.name)
-            self._unset.discard(record.name)
+        for record in records:
             self._write(record)
 
     @torch.no_grad()
@@ -140,9 +149,6 @@ class HeldWeights:
         """Complete the update."""
         self._complete = False
         self._change_over()
-        for name in sorted(self._unset):
-            self._reset(name)
-        self._unset = set()
         for module in sorted(self._stale):
             self._merge(module)
         self._stale = set()
@@ -155,14 +161,21 @@ class HeldWeights:
         """
         held: dict[str, str] = {}
         for name, pieces in self._places.items():
-            if (whole := self._layout.whole(pieces)) is not None:
-                held[name] = digest(whole)
+            if (found := self._digest(pieces)) is not None:
+                held[name] = found
         for module, pieces in self._merged.items():
-            if (whole := self._layout.whole(pieces)) is not None:
-                intact = digest(whole) == self._merged_digests[module]
+            if (found := self._digest(pieces)) is not None:
+                intact = found == self._merged_digests[module]
                 for name in lora_names(module):
                     held[name] = digest(self._factors[name]) if intact else "not merged into the weight"
         return held
+
+    def _digest(self, pieces: Sequence[Piece]) -> str | None:
+        try:
+            whole = self._layout.whole(pieces)
+        except CopiesDiffer:
+            return "copies differ"
+        return None if whole is None else digest(whole)
 
     def _route(self, module: str) -> bool:
         """Whether the LoRA of `module` is to be merged. Raises `NotServed`."""
@@ -184,12 +197,15 @@ class HeldWeights:
             except KeyError as error:
                 if self._layout.rearranges:
                     raise NotServed(str(error.args[0])) from error
-                self._found[name] = self._layout.weight(name, None)
-                return self._found[name]
-            pieces = self._layout.weight(name, tuple(base.shape))
+                base = None
+            pieces = self._layout.weight(name, None if base is None else tuple(base.shape))
             for piece in pieces:
+                if piece.held.dtype != self._dtype:
+                    raise NotServed(f"{name}: the engine holds it in {piece.held.dtype}, updates are {self._dtype}")
+                if base is None:
+                    continue
                 own = piece.of(base).to(piece.held)
-                if own.shape != piece.held.shape or not torch.equal(_integers(own), _integers(piece.held)):
+                if own.shape != piece.held.shape or not torch.equal(integers(own), integers(piece.held)):
                     raise NotServed(f"{name}: the engine holds it in another form than the model's files")
             self._found[name] = pieces
         return self._found[name]
@@ -208,24 +224,24 @@ class HeldWeights:
         coming, self._coming = self._coming, None
         for name in self._places.keys() - coming.full.keys():
             if not is_factor(name):
-                self._reset(name)
+                self._restore(name, self._places[name])
         for module in self._merged.keys() - coming.merged.keys():
             if f"{module}.weight" not in coming.full:
                 self._restore(f"{module}.weight", self._merged[module])
         self._places = dict(coming.full)
         if self._slots.keys() != set(coming.native) or self._rank != coming.rank:
+            self._slots, self._rank = {}, -1  # if it fails, nothing is known of them
             self._slots = dict(self._layout.open_slots(coming.native, coming.rank))
         for module, slots in self._slots.items():
             self._places |= zip(lora_names(module), slots, strict=True)
         self._merged, self._rank = coming.merged, coming.rank
-        self._factors = {}
+        self._factors, self._stale = {}, set(coming.merged)
         for module in coming.merged:
             out, inner = self._base.shape(f"{module}.weight")
             name_a, name_b = lora_names(module)
             device = coming.merged[module][0].held.device
             self._factors[name_a] = torch.zeros(coming.rank, inner, dtype=self._dtype, device=device)
             self._factors[name_b] = torch.zeros(out, coming.rank, dtype=self._dtype, device=device)
-        self._unset = set(coming.names)
 
     def _write(self, record: Record) -> None:
         if record.name in self._factors:
@@ -235,17 +251,6 @@ class HeldWeights:
         for piece in self._places[record.name]:
             part = piece.held.shape != record.shape
             record.write_to(piece.held, (piece.dim, piece.start) if part else None)
-
-    def _reset(self, name: str) -> None:
-        """As an anchor finds it: the base model's weight, or a factor of zeros."""
-        if name in self._factors:
-            self._factors[name].zero_()
-            self._stale.add(module_of(name))
-        elif is_factor(name):
-            for piece in self._places[name]:
-                piece.held.zero_()
-        else:
-            self._restore(name, self._places[name])
 
     def _restore(self, name: str, pieces: list[Piece]) -> None:
         base = self._base.read(name)
@@ -270,21 +275,10 @@ class _Coming:
     merged: dict[str, list[Piece]]
     native: list[str]
     rank: int
-    names: tuple[str, ...]
-
-
-def is_factor(name: str) -> bool:
-    """Whether a tensor of an update is a LoRA factor."""
-    return name.startswith(_PEFT_PREFIX) and ".lora_" in name
-
-
-def module_of(name: str) -> str:
-    """The module that a LoRA factor is of."""
-    return name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")[0]
 
 
 def assemble(pieces: Sequence[Piece]) -> Tensor:
-    """The tensor that `pieces` make up. Raises `RuntimeError` where several hold the same part, but not the same."""
+    """The tensor that `pieces` make up. Raises `CopiesDiffer` where several hold the same part, but not the same."""
     if len(pieces) == 1:
         return pieces[0].held
     shape = list(pieces[0].held.shape)
@@ -293,13 +287,6 @@ def assemble(pieces: Sequence[Piece]) -> Tensor:
     whole = pieces[0].held.new_empty(shape)
     for piece in pieces:
         piece.of(whole).copy_(piece.held)
-    if not all(torch.equal(_integers(p.of(whole)), _integers(p.held)) for p in pieces):
-        raise RuntimeError("places that should hold the same weights do not")
+    if not all(torch.equal(integers(p.of(whole)), integers(p.held)) for p in pieces):
+        raise CopiesDiffer
     return whole
-
-
-def _integers(tensor: Tensor) -> Tensor:
-    return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-_PEFT_PREFIX = "base_model.model."

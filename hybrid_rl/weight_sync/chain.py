@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from hybrid_rl.types import Bucket, WeightUpdate
+from hybrid_rl.types import WeightUpdate
 from hybrid_rl.weight_sync.apply import NotServed
-from hybrid_rl.weight_sync.transport import Meeting, Transport, UpdateRefused, contents, digest_bytes
+from hybrid_rl.weight_sync.transport import Meeting, Transport, UpdateRefused, fetch
 
 
 class EngineBroken(UpdateRefused):
@@ -69,7 +69,7 @@ class Updates:
                 except NotServed as error:
                     raise UpdateRefused(f"version {update.version}: {error}") from error
                 for bucket in update.buckets:
-                    payload = self._fetch(bucket)
+                    payload = fetch(self._transport, bucket, update.version)
                     changed = True
                     target.write(payload)
                 changed = True
@@ -81,9 +81,3 @@ class Updates:
             self._broken = f"an update failed half-way, an anchor is needed: {error}"
             raise EngineBroken(self._broken) from error
         self._broken = None
-
-    def _fetch(self, bucket: Bucket) -> bytes:
-        payload = self._transport.get(bucket.ticket, contents(bucket.tensors))
-        if digest_bytes(payload) != bucket.digest:
-            raise UpdateRefused(f"{contents(bucket.tensors)} arrived damaged ({len(payload)} of {bucket.bytes} bytes)")
-        return payload

@@ -33,12 +33,23 @@ _SEPARATOR = "\t"
 """Between a tensor's name and a part's, and the name of all parts together: no parameter name contains one."""
 _PROBED = 1024
 _INTEGERS = {2: torch.int16, 4: torch.int32}
+_PEFT_PREFIX = "base_model.model."
 
 
 def lora_names(module: str) -> tuple[str, str]:
     """Names in an update of a module's LoRA factors A [rank, in] and B [out, rank]."""
-    prefix = f"base_model.model.{module}"
+    prefix = f"{_PEFT_PREFIX}{module}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of an update is a LoRA factor."""
+    return name.startswith(_PEFT_PREFIX) and ".lora_" in name
+
+
+def module_of(name: str) -> str:
+    """The module that a LoRA factor is of."""
+    return name.removeprefix(_PEFT_PREFIX).rpartition(".lora_")[0]
 
 
 def lora_factors(lora: Mapping[str, tuple[Tensor, Tensor, float]], rank: int) -> dict[str, Tensor]:
@@ -59,6 +70,11 @@ def digest(tensor: Tensor) -> str:
     return hasher.hexdigest()
 
 
+def integers(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
 def encode_tensor(new: Tensor, old: Tensor | None, *, sparse: bool) -> Parts:
     """`new` in its smallest form, given that the engines hold `old` (same shape, dtype and device).
 
@@ -66,7 +82,7 @@ def encode_tensor(new: Tensor, old: Tensor | None, *, sparse: bool) -> Parts:
     """
     if old is None or not sparse or not new.dim() or not new.numel() or _hopeless(new, old):
         return {"": new}
-    after, before = _bits(new).reshape(-1), _bits(old).reshape(-1)
+    after, before = integers(new).reshape(-1), integers(old).reshape(-1)
     positions = (after != before).nonzero()[:, 0]
     everywhere = 2 * len(positions) > new.numel()
     if not everywhere:
@@ -152,16 +168,16 @@ class Record:
                 f"{list(held.shape)} is held"
             )
         parts = {name: part.to(held.device) for name, part in self.parts.items() if name != "shape"}
-        bits = _bits(held)
+        bits = integers(held)
 
         def own(tensor: Tensor) -> Tensor:
             return tensor if shard is None else tensor.narrow(dim, start, held.shape[dim])
 
         if "" in parts:
-            bits.copy_(own(_bits(parts[""])))
+            bits.copy_(own(integers(parts[""])))
             return
         far = parts["steps"] == _ESCAPE
-        values = parts["steps"].to(bits.dtype).masked_scatter(far, _bits(parts["values"]))
+        values = parts["steps"].to(bits.dtype).masked_scatter(far, integers(parts["values"]))
         if "gaps" not in parts:
             bits.copy_(torch.where(own(far), own(values), _ranks(_ranks(bits) + own(values))))
             return
@@ -183,14 +199,9 @@ def _hopeless(new: Tensor, old: Tensor) -> bool:
     if new.element_size() < 4:
         return False
     stride = max(1, new.numel() // _PROBED)
-    after, before = (_bits(t).reshape(-1)[::stride] for t in (new, old))
+    after, before = (integers(t).reshape(-1)[::stride] for t in (new, old))
     moved = _ranks(after) - _ranks(before)
     return bool(((moved > -_ESCAPE) | (moved < _ESCAPE)).all())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()])
 
 
 def _ranks(bits: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ _FLOAT32 = 4
 """Bytes of an element."""
 _PATIENCE = 16
 """Updates after which a float32 tensor that could only be sent whole is looked at again."""
-_MOST_DELTAS = 4.0
-"""Bytes of the updates since an anchor, as a multiple of the anchor's, at which the next is an anchor."""
+_MOST_DELTAS = 2.0
+"""Once the bytes of all updates since an anchor have added up to more than this many times the anchor's, the next is an
+anchor: they are all kept, and a replaced engine is sent them all."""
 
 
 class Publisher:
@@ -52,6 +53,7 @@ class Publisher:
     def restart(self) -> None:
         """The next update is an anchor: other tensors will be trained."""
         self._version = None
+        self._whole_until = {}
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int, adapter_rank: int) -> WeightUpdate:
         """Publish named tensors, each read before the next is asked for, as `version`.
@@ -59,13 +61,26 @@ class Publisher:
         Raises `ValueError` if they are not the ones of the version before, and `restart` was not called.
         """
         for update in self._retired:
-            for bucket in update.buckets:
-                self._transport.drop(bucket.ticket)
+            self._drop(update.buckets)
         self._retired = []
+        buckets: list[Bucket] = []
+        try:
+            return self._publish(tensors, version, adapter_rank, buckets)
+        except BaseException:
+            self._drop(buckets)
+            raise
+
+    def save(self, path: Path) -> None:
+        """Write what the last update brought the engines to, as a safetensors file."""
+        safetensors.torch.save_file(self._held, path)
+
+    def _publish(
+        self, tensors: Iterable[tuple[str, Tensor]], version: int, adapter_rank: int, buckets: list[Bucket]
+    ) -> WeightUpdate:
+        """`publish`; `buckets` gets what was put."""
         base = None if self._anchor_is_due() else self._version
         self._version = None
         held, self._held = self._held, {}
-        buckets: list[Bucket] = []
         digests: dict[str, str] = {}
         waiting: dict[str, Parts] = {}
         filled, all_dense = 0, True
@@ -92,10 +107,6 @@ class Publisher:
         self._count += 1
         return update
 
-    def save(self, path: Path) -> None:
-        """Write what the last update brought the engines to, as a safetensors file."""
-        safetensors.torch.save_file(self._held, path)
-
     def _anchor_is_due(self) -> bool:
         if self._version is None or not self._sparse:
             return True
@@ -117,5 +128,9 @@ class Publisher:
     def _put(self, entries: dict[str, Parts], version: int) -> Bucket:
         payload = pack(entries)
         names = tuple(entries)
-        ticket: Any = self._transport.put(payload, f"{contents(names)} of version {version}")
+        ticket: Any = self._transport.put(payload, contents(names, version))
         return Bucket(ticket, len(payload), digest_bytes(payload), names)
+
+    def _drop(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            self._transport.drop(bucket.ticket)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import socket
 import time
@@ -79,12 +80,13 @@ class Transport(Protocol):
         """Driver: nobody will ask for anything again."""
 
 
-def fetch(transport: Transport, bucket: Bucket) -> bytes:
-    """An engine's way to a part of an update, for `unpack`. Raises `SyncTimeout`, and `UpdateRefused` if the part is
-    damaged."""
-    payload = transport.get(bucket.ticket, contents(bucket.tensors))
+def fetch(transport: Transport, bucket: Bucket, version: int) -> bytes:
+    """An engine's way to a part of update `version`, for `unpack`. Raises `SyncTimeout`, and `UpdateRefused` if the
+    part is damaged."""
+    what = contents(bucket.tensors, version)
+    payload = transport.get(bucket.ticket, what)
     if digest_bytes(payload) != bucket.digest:
-        raise UpdateRefused(f"{contents(bucket.tensors)} arrived damaged ({len(payload)} of {bucket.bytes} bytes)")
+        raise UpdateRefused(f"{what} arrived damaged ({len(payload)} of {bucket.bytes} bytes)")
     return payload
 
 
@@ -93,9 +95,10 @@ def digest_bytes(payload: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(payload)
 
 
-def contents(tensors: Sequence[str]) -> str:
-    """What a part of an update holds, for messages."""
-    return tensors[0] + (f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else "")
+def contents(tensors: Sequence[str], version: int) -> str:
+    """What a part of update `version` holds, for messages."""
+    more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+    return f"{tensors[0]}{more} of version {version}"
 
 
 class Directory(Transport):
@@ -154,20 +157,20 @@ class Collective(Transport):
         self._group: Any = None
 
     def join(self, meeting: Meeting, rank: int) -> None:
-        if self._group is not None:
-            self._group.abort()  # a member may be gone, and the group's end would wait for it
-        self._group, self._members, self._rank, self._round = None, meeting.members, rank, 0
+        self._leave()
+        self._store, self._members, self._rank, self._round = None, meeting.members, rank, 0
         limit = self._timeout + (_GRACE_SECONDS if rank else 0.0)
+        where = f"{meeting.members[0]} at {meeting.address}:{meeting.port}"
         try:
             store = open_store(meeting.address, meeting.port, serves=rank == 0, timeout=limit)
-        except RuntimeError as error:
-            raise SyncTimeout(
-                f"{meeting.members[rank]} does not reach {meeting.members[0]} at {meeting.address}:{meeting.port} "
-                f"within {limit:g} s: {error}"
-            ) from None
+        except (RuntimeError, OSError) as error:  # the latter: another process listens there by now
+            raise SyncTimeout(f"{self._me} does not reach {where} within {limit:g} s: {error}") from None
         self._store = PrefixStore(str(meeting.epoch), store)
         self._meet(None, str(meeting.epoch))
-        self._group = self._make_group(meeting)
+        try:
+            self._group = self._make_group(meeting)
+        except RuntimeError as error:
+            raise SyncTimeout(f"{self._me} met {where}, but cannot make a group: {error}") from None
 
     def put(self, payload: bytes, what: str) -> tuple[int, int]:
         number = next(self._numbers)
@@ -177,12 +180,14 @@ class Collective(Transport):
     def send(self, tickets: Sequence[tuple[int, int]]) -> None:
         for number, _ in tickets:
             payload, what = self._payloads[number]
+            self._ensure_joined(what)
             self._meet(what, str(number))
             buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self._device)
             self._broadcast(buffer, what)
 
     def get(self, ticket: tuple[int, int], what: str) -> bytes:
         number, size = ticket
+        self._ensure_joined(what)
         self._meet(what, str(number))
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._broadcast(buffer, what)
@@ -191,8 +196,22 @@ class Collective(Transport):
     def drop(self, ticket: tuple[int, int]) -> None:
         self._payloads.pop(ticket[0], None)
 
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.abort()  # a member may be gone, and the group's end would wait for it
+        self._group = None
+
+    def _ensure_joined(self, what: str) -> None:
+        if self._group is None:
+            raise SyncTimeout(f"{what} was not sent: {self._me} did not join")
+
+    @property
+    def _me(self) -> str:
+        return self._members[self._rank] if self._members else "this process"
+
     def _make_group(self, meeting: Meeting) -> Any:
-        limit = timedelta(seconds=self._timeout)
+        # Waiting ends sooner, with a message; at the group's own limit, NCCL's watchdog ends the process.
+        limit = timedelta(seconds=2 * self._timeout + _GRACE_SECONDS)
         if self._device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportPrivateImportUsage]
 
@@ -203,9 +222,12 @@ class Collective(Transport):
 
         options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._timeout = limit
-        alone = meeting.address in ("127.0.0.1", "localhost", "::1")
-        device = ProcessGroupGloo.create_device(hostname=meeting.address) if alone else None
-        options._devices = [device or ProcessGroupGloo.create_default_device()]
+        if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+            options._devices = [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
+        elif meeting.address in ("127.0.0.1", "localhost", "::1"):
+            options._devices = [ProcessGroupGloo.create_device(hostname=meeting.address)]
+        else:
+            options._devices = [ProcessGroupGloo.create_default_device()]
         return ProcessGroupGloo(self._store, self._rank, len(meeting.members), options)
 
     def _meet(self, what: str | None, subject: str) -> None:
@@ -215,8 +237,10 @@ class Collective(Transport):
         if self._rank:
             self._store.set(f"{here}/{self._rank}", subject)
             if not self._wait(go, self._timeout + _GRACE_SECONDS):
-                me, learner, wanted = self._members[self._rank], self._members[0], what or "the meeting"
-                raise SyncTimeout(f"{me} waited more than {self._timeout:g} s for {learner} to begin with {wanted}")
+                learner, wanted = self._members[0], what or "the meeting"
+                raise SyncTimeout(
+                    f"{self._me} waited more than {self._timeout:g} s for {learner} to begin with {wanted}"
+                )
             problem = self._store.get(go).decode()
         else:
             deadline = time.monotonic() + self._timeout
@@ -255,36 +279,11 @@ class Collective(Transport):
         try:
             self._group.broadcast(buffer, 0, limit).wait(limit)
         except RuntimeError as error:
+            self._leave()
             raise SyncTimeout(
                 f"{what}: its way from {self._members[0]} to {', '.join(self._members[1:])} broke off at "
-                f"{self._members[self._rank]}: {error}"
+                f"{self._me}: {error}"
             ) from None
-
-
-class CudaIpc(Transport):
-    """CUDA memory of a GPU that the learner and the engine share."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self._payloads: dict[int, Tensor] = {}
-
-    def put(self, payload: bytes, what: str) -> tuple[int, Any]:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8).cuda()
-        number = next(self._numbers)
-        self._payloads[number] = buffer
-        return number, reduce_tensor(buffer)
-
-    def get(self, ticket: tuple[int, Any], what: str) -> bytes:
-        rebuild, arguments = ticket[1]
-        try:
-            return rebuild(*arguments).cpu().numpy().tobytes()
-        except RuntimeError as error:
-            raise SyncTimeout(f"{what}: the learner's CUDA memory cannot be read: {error}") from None
-
-    def drop(self, ticket: tuple[int, Any]) -> None:
-        self._payloads.pop(ticket[0], None)
 
 
 def open_store(address: str, port: int, *, serves: bool, timeout: float) -> TCPStore:

@@ -32,8 +32,8 @@ class HybridWeightSync:
     vllm_config: Any
     _hybrid_held: HeldWeights
 
-    def start_weight_sync(self, adapter: str, modules: Sequence[str]) -> str | None:
-        """Get ready to take updates with LoRA factors of `modules`. Returns what of them cannot be served."""
+    def start_weight_sync(self, adapter: str) -> None:
+        """Get ready to take updates."""
         manager: Any = getattr(self.model_runner, "lora_manager", None)
         adapters = None
         if manager is not None:
@@ -45,7 +45,14 @@ class HybridWeightSync:
         base = BaseFiles(model_config.model)
         layout = VllmLayout(self.model_runner.model, adapters, base)
         self._hybrid_held = HeldWeights(layout, base, adapter, model_config.dtype)
-        return _refusal(self._hybrid_held.check, modules)
+
+    def check_lora(self, modules: Sequence[str]) -> str | None:
+        """`HeldWeights.check_lora`; returns why not."""
+        return _refusal(self._hybrid_held.check_lora, modules)
+
+    def check_full(self, names: Sequence[str]) -> str | None:
+        """`HeldWeights.check_full`; returns why not."""
+        return _refusal(self._hybrid_held.check_full, names)
 
     def begin_update(self, names: Sequence[str], rank: int, anchor: bool) -> str | None:
         """`HeldWeights.begin`; returns why not."""

@@ -153,10 +153,12 @@ def test_a_completion_whose_environment_failed_has_no_reward(plugin: str):
     pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
     try:
         (group,) = pool.score(PROMPTS[:1], [[cut, completion("a")]]).groups
+        with pytest.raises(RuntimeError, match=r"rollout\.environment failed on every completion"):
+            pool.score(PROMPTS[:1], [[cut, cut]])
     finally:
         pool.close()
     assert group.rewards_G == (None, 1.0)
-    assert group.parts[f"{plugin}:good"] == (1.0, 1.0)
+    assert group.parts[f"{plugin}:good"] == (None, 1.0), "and counts as unscored in an evaluation too"
 
 
 def test_workers_killed_while_idle_are_replaced(plugin: str):

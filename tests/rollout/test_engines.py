@@ -25,6 +25,7 @@ from tests.weight_sync.engine_side import (
     damage,
     model_of,
     settings_for,
+    settings_of,
     started,
     vllm_model,
 )
@@ -79,8 +80,7 @@ def setup(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Setup]:
     kind, _, mode = request.param.partition("-")
     transport = Memory()
     learner = Learner(tiny_model, transport, FULL)
-    settings = settings_for(tiny_model, transport, adapter=mode, lora_modules=learner.lora_modules)
-    with started(kind, settings) as engine:
+    with started(kind, settings_of(learner, adapter=mode)) as engine:
         yield Setup(kind, mode, engine, learner, transport)
 
 
@@ -293,17 +293,24 @@ def native_factors(setup: Setup, module: str) -> tuple[torch.Tensor, torch.Tenso
     return layer.lora_a_stacked[part][0, 0, :RANK], layer.lora_b_stacked[part][0, 0, :, :RANK]
 
 
-def test_an_anchor_with_other_names_puts_the_base_weights_back(setup: Setup, tiny_model: Path):
+@pytest.mark.parametrize("rank", [RANK, RANK - 1])
+def test_an_anchor_of_another_plan_puts_the_base_weights_back(setup: Setup, tiny_model: Path, rank: int):
+    """As between probe and plan: other matrices, adapters of another rank, and back."""
     setup.anchor()
-    other = Learner(tiny_model, setup.transport, ("layers.0.self_attn.k_proj", "layers.1.mlp.down_proj"))
+    other = Learner(tiny_model, setup.transport, ("layers.0.self_attn.k_proj", "layers.1.mlp.down_proj"), rank=rank)
     other.version = setup.learner.version
-    other.move(14)
-    update = other.publish()
-    assert setup.engine.apply_updates([update]).digests == update.digests
-    check_agrees(replace(setup, learner=other), update.version)
+    for seed, share in ((14, 1.0), (15, 0.01)):
+        other.move(seed, share)
+        update = other.publish()
+        assert setup.engine.apply_updates([update]).digests == update.digests
+        check_agrees(replace(setup, learner=other), update.version)
     setup.learner.version = other.version
     setup.anchor()
     check_agrees(setup, setup.learner.version)
+    setup.learner.move(16, 0.01)
+    update = setup.learner.publish()
+    assert setup.engine.apply_updates([update]).digests == update.digests
+    check_agrees(setup, update.version)
 
 
 def test_a_seed_decides_the_completions_of_its_prompt_alone(setup: Setup):
@@ -338,6 +345,15 @@ def test_stop_strings_end_a_completion(setup: Setup):
 def test_lora_that_no_engine_can_serve_is_refused_at_the_start(tiny_model: Path):
     settings = settings_for(tiny_model, Memory(), adapter="merged", lora_modules=("model.layers.7.mlp.down_proj",))
     with pytest.raises(ConfigError, match=r"layers\.7\.mlp\.down_proj"), started("transformers", settings):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_a_matrix_that_an_engine_does_not_hold_is_refused_at_the_start(tiny_model: Path, kind: str):
+    names = ("model.layers.0.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.weight")
+    settings = settings_for(tiny_model, Memory(), full_names=names)
+    message = r"cannot take updates of model\.layers\.7\.mlp\.up_proj\.weight.*leave it out with plan\.exclude"
+    with pytest.raises(ConfigError, match=message), started(kind, settings):
         pass
 
 

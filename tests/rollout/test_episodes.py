@@ -85,7 +85,7 @@ class FakePool:
     def unfinished(self) -> int:
         return len(self._queue)
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], *, first: bool = False) -> None:
         assert len({r.id for r in [*self.asked, *requests]}) == len(self.asked) + len(requests)
         self.asked += requests
         self._queue += requests

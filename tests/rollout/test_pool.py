@@ -43,15 +43,18 @@ class FakeEngine:
         self.dead = fault == "die"
         if fault in ("die", "hang"):
             return _FakePending(None, self.name, ready=fault == "die")
+        late = 0.3 if fault == "late" else 0.0
         try:
-            return _FakePending(getattr(self, method)(*args, fault=fault), self.name)
-        except UpdateRefused as refusal:
-            return _FakePending(refusal, self.name)
+            return _FakePending(getattr(self, method)(*args, fault=fault), self.name, after=late)
+        except RuntimeError as failure:
+            return _FakePending(failure, self.name)
 
     def kill(self) -> None:
         self.dead = True
 
     def info(self, fault: str | None) -> dict:
+        if fault == "cannot start":
+            raise RuntimeError("out of memory")
         return {}
 
     def apply_updates(self, updates: list[WeightUpdate], in_flight: str, fault: str | None) -> Receipt:
@@ -78,8 +81,9 @@ class FakeEngine:
 
 
 class _FakePending:
-    def __init__(self, value: Any, name: str, ready: bool = True) -> None:
-        self._value, self._name, self._ready = value, name, ready
+    def __init__(self, value: Any, name: str, ready: bool = True, after: float = 0.0) -> None:
+        self._value, self._name, self._is_ready = value, name, ready
+        self._from = time.monotonic() + after
 
     def result(self, timeout: float | None = None) -> Any:
         if self._value is None:
@@ -89,13 +93,19 @@ class _FakePending:
         return self._value
 
     def ready(self, timeout: float) -> bool:
-        if not self._ready:
+        if not self._is_ready:
             time.sleep(timeout)
-        return self._ready
+        elif (left := self._from - time.monotonic()) > 0:
+            time.sleep(min(left, timeout))
+        return self._is_ready and time.monotonic() >= self._from
 
 
 def make(
-    faults: list[dict[int, str]], engines: int = 2, max_restarts: int = 5, max_concurrent: int = 4
+    faults: list[dict[int, str]],
+    engines: int = 2,
+    max_restarts: int = 5,
+    max_concurrent: int = 4,
+    verify: bool = True,
 ) -> tuple[RolloutPool, list[FakeEngine]]:
     """`faults[i]`: of the i-th engine ever started. Call 1 is `info`."""
     started: list[FakeEngine] = []
@@ -104,10 +114,9 @@ def make(
         started.append(FakeEngine(index, faults[len(started)] if len(started) < len(faults) else {}))
         return started[-1]
 
-    times = {"timeout": 0.2, "start_timeout": 0.4}
-    return RolloutPool(
-        spawn, engines, max_restarts=max_restarts, max_concurrent=max_concurrent, **times
-    ), started  # fmt: skip
+    times = {"timeout": 0.5, "start_timeout": 0.6}
+    pool = RolloutPool(spawn, engines, max_restarts=max_restarts, max_concurrent=max_concurrent, verify=verify, **times)
+    return pool, started
 
 
 def answers(pool: RolloutPool, requests: list[Request] = REQUESTS) -> dict[str, tuple[Completion, ...]]:
@@ -189,6 +198,22 @@ def test_only_what_leads_on_is_sent():
     assert started[2].got == [3, 1]
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_engine_that_catches_up_while_others_go_on_serves_what_they_serve(verify: bool):
+    """The third engine started takes its chain of updates while two more are published."""
+    pool, started = make([{}, {3: "die"}, {2: "late", 3: "late"}], verify=verify)
+    pool.wait_ready()
+    pool.update(anchor(1))
+    for version in (2, 3, 4, 5):
+        pool.update(delta(version))
+        assert answers(pool, [dataclasses.replace(r, id=f"{version}/{r.id}") for r in REQUESTS[:3]])
+        time.sleep(0.15)
+    pool.wait_ready()
+    assert (pool.restarts, pool.repairs) == (1, 0)
+    assert [started[0].version, started[2].version] == [5, 5]
+    assert sum(started[2].got) == 5, "no update twice"
+
+
 @pytest.mark.parametrize("fault", ["corrupt", "refuse"])
 def test_an_engine_that_does_not_hold_what_it_was_sent_is_sent_everything_again(fault: str):
     pool, started = make([{3: fault}])
@@ -202,14 +227,14 @@ def test_an_engine_that_does_not_hold_what_it_was_sent_is_sent_everything_again(
 def test_what_cannot_be_mended_stops_the_run_and_names_engine_and_tensor():
     pool, _ = make([{}, {0: "always corrupt"}])
     pool.wait_ready()
-    with pytest.raises(SyncMismatch, match="engine-1 holds other bytes for w"):
+    with pytest.raises(SyncMismatch, match=r"engine-1 .*holds other bytes for w"):
         pool.update(anchor(1))
 
 
 def test_an_engine_that_serves_another_version_than_its_receipt_said_stops_the_run():
     pool, _ = make([{}, {3: "stale"}])
     pool.update(anchor(1))
-    with pytest.raises(RuntimeError, match="engine 1 answered with weights of version 0, it should have 1"):
+    with pytest.raises(RuntimeError, match="engine-1 answered with weights of version 0, it should have 1"):
         answers(pool)
 
 
@@ -247,7 +272,41 @@ def test_each_engine_is_asked_beside_its_work():
     assert answers(pool, REQUESTS[6:]).keys() <= expected(0).keys()
 
 
-def test_sleep_and_wake_reach_every_engine():
+def test_an_engine_that_dies_when_each_is_asked_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    from hybrid_rl.rollout import pool as module
+
+    monkeypatch.setattr(module, "_BACKUP_SECONDS", 0.0)
+    pool, _ = make([{}, {2: "die"}])
+    pool.wait_ready()
+    pool.submit(REQUESTS[:2])
+    assert pool.ask_each(REQUESTS[4:5]).keys() == {0}
+    assert pool.backups == 0, "no other engine answers for it"
+    alone, _ = make([{2: "die"}], engines=1)
+    alone.wait_ready()
+    assert alone.ask_each(REQUESTS[4:5]).keys() == {0}, "its successor is asked"
+
+
+def test_what_is_urgent_comes_first():
+    pool, _ = make([], engines=1, max_concurrent=1)
+    pool.wait_ready()
+    pool.submit(REQUESTS[:4])
+    pool.submit(REQUESTS[4:6], first=True)
+    pool.poll(0.1)
+    assert list(pool.take_finished()) == ["r4"]
+
+
+def test_a_replacement_that_does_not_start_is_replaced_and_a_first_engine_is_not():
+    failing = {1: "cannot start"}
+    pool, started = make([{2: "die"}, {}, failing])
+    pool.wait_ready()
+    assert answers(pool) == expected(0)
+    pool.wait_ready()
+    assert (pool.restarts, len(started)) == (2, 4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make([failing])[0].wait_ready()
+
+
+def test_sleep_and_wake_reach_every_engine(monkeypatch: pytest.MonkeyPatch):
     calls: list[tuple[int, str]] = []
 
     def note(name: str) -> Callable[..., int]:
@@ -259,7 +318,7 @@ def test_sleep_and_wake_reach_every_engine():
 
     pool, _ = make([])
     for name in ("sleep", "wake"):
-        setattr(FakeEngine, name, note(name))
+        monkeypatch.setattr(FakeEngine, name, note(name), raising=False)
     pool.wait_ready()
     pool.sleep()
     pool.wake()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from trainers.async_grpo import Overlapped
 from trainers.grpo import train
 from trainers.step import staleness_metrics
 
+STEPS = 12
 PROMPTS = [Prompt(str(i), "", (i,), {}) for i in range(1000)]
 
 
@@ -32,12 +34,12 @@ class _Episodes:
 
     def __init__(self, seed: int) -> None:
         self._random, self.version, self._open = random.Random(seed), 0, deque()
-        self.most = 0
+        self.most = self.drawn = 0
 
     def submit(self, prompts: list[Prompt], sampling: Sampling, tag: str) -> None:
         for p in prompts:
             self._open.append([p, self._random.randrange(8), self.version])
-        self.most = max(self.most, len(self._open))
+        self.most, self.drawn = max(self.most, len(self._open)), self.drawn + len(prompts)
 
     def poll(self, seconds: float) -> None:
         for entry in self._open:
@@ -82,9 +84,9 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(ahead: int
     config = parse_config(tree | {"async": {"max_staleness": ahead}, "batch": {"prompts": 4, "num_generations": 2}})
     episodes = _Episodes(seed)
     workplace: Any = SimpleNamespace(episodes=episodes, rewards=SimpleNamespace(score=_score))
-    source = Overlapped(config, workplace, PromptSource(PROMPTS, 0))
+    source = Overlapped(config, workplace, PromptSource(PROMPTS, 0), STEPS)
     used, stalest = [], 0
-    for version in range(12):
+    for version in range(STEPS):
         rollouts = source.next(StepClock())
         for group in rollouts.groups:
             used.append(group.prompt.id)
@@ -97,6 +99,7 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(ahead: int
     assert used == [p.id for p in PromptSource(PROMPTS, 0).take(len(used))], "in the order of drawing, none twice"
     assert stalest == ahead or (algorithm == "dapo" and stalest <= ahead)
     assert episodes.most <= 4 * (ahead + 1), "nothing queues up"
+    assert episodes.drawn == len(used), "nothing is drawn that no step uses"
 
 
 def test_staleness_is_counted_by_token():
@@ -129,8 +132,15 @@ def test_importance_is_corrected_by_default_where_completions_may_be_stale():
     ("changes", "message"),
     [
         ({"async": {"in_flight": "wait"}}, "async.in_flight=wait does nothing with async.max_staleness=0"),
-        ({"async": {"max_staleness": 1}, "cluster": {"placement": "colocate"}}, "engines that work while the learner"),
+        (
+            {"async": {"max_staleness": 1}, "cluster": {"placement": "colocate"}, "rollout": {"engines": 2}},
+            "engines that work while the learner",
+        ),
         ({"async": {"max_staleness": -1}}, "async.max_staleness=-1"),
+        ({"async": {"max_staleness": 1}, "cluster": {"backend": "inline"}, "learner": {"world_size": 1}}, "at a time"),
+        ({"cluster": {"placement": "colocate"}, "rollout": {"engines": 3}}, "rollout.engines=3 shares a GPU"),
+        ({"sync": {"transport": "directory"}}, "sync.directory=None"),
+        ({"sync": {"gate": {"every": 0, "mean": 1.0}}}, "sync.gate.mean does nothing"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict, message: str):
@@ -145,7 +155,7 @@ def test_without_staleness_it_is_the_synchronous_trainer_bit_for_bit(
 ):
     tree = {"steps": 3, "algorithm": "dapo", "sampling": {"max_completion_length": 8}}
     synchronous = train(parse_config(inline(learnable, tmp_path / "sync", **tree)), name="sync")
-    monkeypatch.setattr(grpo, "InTurn", Overlapped)
+    monkeypatch.setattr(grpo, "InTurn", partial(Overlapped, steps=3))
     overlapped = train(parse_config(inline(learnable, tmp_path / "async", **tree)), name="async")
     assert timeless(read_metrics(overlapped.metrics)) == timeless(read_metrics(synchronous.metrics))
     ours, theirs = (load_file(r.checkpoints / "step_000003/weights.safetensors") for r in (overlapped, synchronous))

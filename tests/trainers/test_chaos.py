@@ -33,11 +33,11 @@ def test_random_kills_do_not_keep_a_run_from_its_end(learnable: dict, tmp_path: 
     learnable |= {
         "steps": steps,
         "plan": {"score": "random"},
-        "learner": {"world_size": 1},
+        "learner": {"world_size": 1, "timeout": 60},
         "rollout": {"engine": "transformers", "engines": 2, "timeout": 5, "max_restarts": 10_000},
         "async": {"max_staleness": 1},
         "checkpoint": {"every": 5},
-        "sync": {"gate": {"every": 10}},
+        "sync": {"gate": {"every": 10}, "timeout": 5},
     }
     config = tmp_path / "chaos.yaml"
     config.write_text(yaml.safe_dump(learnable))
@@ -61,6 +61,9 @@ def test_random_kills_do_not_keep_a_run_from_its_end(learnable: dict, tmp_path: 
     assert [row["step"] for row in rows] == list(range(1, steps + 1)), "every step once"
     verified = sum(row["sync/verified_engines"] for row in rows)
     restarts = sum(row["faults/engine_restarts"] for row in rows)
+    unverified = [r["step"] for r in rows if r["sync/verified_engines"] < 2]
+    assert len(unverified) < steps / 2, "engines are verified but while they are being replaced"
+    assert all(row["sync/repaired_engines"] == 0 for row in rows)
     assert all(row["sync/version"] == row["step"] for row in rows)
     assert all(row["staleness/max"] <= 1 for row in rows)
     last = [json.loads(line) for line in (summary.parent / "rollouts" / f"step_{steps:06d}.jsonl").open()]

@@ -19,7 +19,7 @@ from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner import worker as learner_worker
 from hybrid_rl.rollout import transformers_engine
 from hybrid_rl.tracking import read_metrics
-from hybrid_rl.types import WeightUpdate
+from hybrid_rl.types import WeightUpdate, WorkerDied
 from hybrid_rl.weight_sync import SyncMismatch
 from tests.trainers.test_grpo import check_rows, inline, learnable  # noqa: F401
 from trainers.gate import GateFailed
@@ -111,6 +111,7 @@ def with_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **plan: Any) ->
 def small(tree: dict, **changes: Any) -> dict:
     """Two engines and one learner rank as actors; no ranking, so that update k follows step k."""
     tree = {**tree, "learner": {"world_size": 1}, "plan": {"score": "random"}, **changes}
+    tree["sync"] = {"timeout": 5, **changes.get("sync", {})}
     return {**tree, "rollout": {"engine": "transformers", "engines": 2, "timeout": 20, **changes.get("rollout", {})}}
 
 
@@ -143,14 +144,16 @@ def test_what_cannot_be_mended_stops_the_run_by_name(
     assert not read_metrics(tmp_path / "run" / "metrics.jsonl"), "no step was trained on it"
 
 
+@pytest.mark.parametrize("transport", ["object_store", "nccl"])
 def test_engines_that_die_or_hang_cost_time_and_no_prompt(
     learnable: dict,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    transport: str,
 ):
     """While generating and while receiving weights; two engines, so that work goes on."""
     with_faults(monkeypatch, tmp_path, updates={"die": 2, "hang": 4}, advances={"hang": 5})
-    config = parse_config(small(learnable, steps=5, rollout={"timeout": 6}))
+    config = parse_config(small(learnable, steps=5, rollout={"timeout": 6}, sync={"transport": transport}))
     run = train(config, name="deaths")
     rows = read_metrics(run.metrics)
     check_rows(rows, 5)
@@ -180,6 +183,21 @@ def test_a_learner_that_dies_in_a_sync_stops_the_run_by_name(
     monkeypatch.undo()
     run = train(parse_config(small(learnable, steps=3)), name="dying", resume=True)
     check_rows(read_metrics(run.metrics), 3)
+
+
+def test_a_learner_that_hangs_stops_the_run_by_name(
+    learnable: dict,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class HangingLearner(learner_worker.LearnerWorker):
+        def train(self, batch: Any) -> Any:
+            time.sleep(3600)
+
+    monkeypatch.setattr(learner_worker, "LearnerWorker", HangingLearner)
+    tree = small(learnable, steps=3, **{"async": {"max_staleness": 1}})
+    tree["learner"] |= {"timeout": 20}
+    with pytest.raises(WorkerDied, match="learner-0 did not answer"):
+        train(parse_config(tree), name="hanging")
 
 
 def test_weights_that_arrive_and_are_not_used_are_the_gate_s_to_find(

@@ -43,18 +43,27 @@ class Memory(Transport):
 
 
 class Learner:
-    """A plan that treats neighbours of one fused projection differently; `full` lists ends of names."""
+    """A plan that treats neighbours of one fused projection differently; `full` lists ends of names, `more` what is
+    trained beside layers' matrices."""
 
-    def __init__(self, path: Path, transport: Memory, full: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
-        self.transport, self.dtype, self.full_names = transport, dtype, tuple(full)
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        transport: Memory,
+        full: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        rank: int = RANK,
+        more: Sequence[str] = (),
+    ) -> None:
+        self.transport, self.dtype, self.path, self.rank = transport, dtype, path, rank
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        anatomy = read_model(model)
         modules = tuple(
             PlannedModule(c.name, c.component, c.layer, c.shape, c.params, None, None, None, "full")
-            if c.name.endswith(self.full_names)
-            else PlannedModule(c.name, c.component, c.layer, c.shape, c.params, None, RANK, 6.0, "lora")
-            for c in read_model(model).candidates
+            if c.name.endswith(tuple(full))
+            else PlannedModule(c.name, c.component, c.layer, c.shape, c.params, None, rank, 6.0, "lora")
+            for c in [*anatomy.candidates, *(w for w in anatomy.weights if w.name in more)]
         )
         self.adapted: AdaptedModel = apply_plan(model, AdaptationPlan("m", "attention-only", {}, 0, modules))
         self.publisher = self.new_publisher()
@@ -67,6 +76,10 @@ class Learner:
     def lora_modules(self) -> tuple[str, ...]:
         return tuple(self.adapted.lora)
 
+    @property
+    def full_names(self) -> tuple[str, ...]:
+        return tuple(self.adapted.full)
+
     @torch.no_grad()
     def move(self, seed: int, share: float = 1.0, scale: float = 0.1) -> None:
         """Change a `share` of the elements of everything that is trained."""
@@ -77,11 +90,11 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         lora = {name: (pair.a, pair.b, pair.scaling) for name, pair in self.adapted.lora.items()}
-        return {**self.adapted.full, **lora_factors(lora, RANK)}
+        return {**self.adapted.full, **lora_factors(lora, self.rank)}
 
     def publish(self) -> WeightUpdate:
         self.version += 1
-        return self.publisher.publish(self.tensors().items(), self.version, RANK)
+        return self.publisher.publish(self.tensors().items(), self.version, self.rank)
 
     def anchor(self) -> WeightUpdate:
         """As `publish`, but complete."""
@@ -130,6 +143,12 @@ def damage(update: WeightUpdate, transport: Memory, bucket: int) -> WeightUpdate
 def settings_for(path: Path, transport: Memory, **changes: Any) -> EngineSettings:
     settings = EngineSettings("engine-x", str(path), "float32", False, 384, RANK, 8, 0.5, 0, transport)
     return replace(settings, **changes)
+
+
+def settings_of(learner: Learner, **changes: Any) -> EngineSettings:
+    """An engine that `learner`'s plan can be served by."""
+    trained = {"lora_modules": learner.lora_modules, "full_names": learner.full_names}
+    return settings_for(learner.path, learner.transport, **trained, **changes)
 
 
 @contextmanager

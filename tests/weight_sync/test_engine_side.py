@@ -17,7 +17,7 @@ from hybrid_rl.rollout import RolloutEngine
 from hybrid_rl.rollout.engine import run_requests
 from hybrid_rl.types import Request, Sampling
 from hybrid_rl.weight_sync import UpdateRefused
-from tests.weight_sync.engine_side import Learner, Memory, check_logprobs, settings_for, started
+from tests.weight_sync.engine_side import Learner, Memory, check_logprobs, settings_for, settings_of, started
 from trainers.warm_start import build_model, build_tokenizer
 
 PROMPTS = [(20, 21, 22), (30, 31, 32, 33, 34), (40,)]
@@ -88,8 +88,7 @@ def test_recurrent_projections(tmp_path: Path, mode: str):
     transport = Memory()
     learner = Learner(path, transport, ("layers.1.mamba.in_proj", "mamba.out_proj", "layers.0.self_attn.q_proj"))
     assert "model.layers.0.mamba.in_proj" in learner.lora_modules
-    settings = settings_for(path, transport, adapter=mode, lora_modules=learner.lora_modules)
-    with started("vllm", settings) as engine:
+    with started("vllm", settings_of(learner, adapter=mode)) as engine:
         follow(engine, learner, "native" if mode == "auto" else "merged", (1.0, 0.01, 0.5))
         check_recomputed(engine, learner)
 
@@ -98,10 +97,9 @@ def test_experts_are_refused_and_what_vllm_has_no_lora_for_is_merged(tmp_path: P
     path = saved(transformers.Qwen3MoeConfig(**MOE), tmp_path / "moe")
     transport = Memory()
     learner = Learner(path, transport, ("layers.0.self_attn.q_proj", "experts", "gate"))
-    settings = settings_for(path, transport, lora_modules=learner.lora_modules)
     with pytest.raises(ConfigError, match=r"native.*set sync\.adapter=merged"):
         started("vllm", settings_for(path, transport, adapter="native")).__enter__()
-    with started("vllm", settings) as engine:
+    with started("vllm", settings_of(learner)) as engine:
         follow(engine, learner, "merged", (1.0, 0.01))
         update = learner.anchor()
         experts = {**update.digests, "model.layers.0.mlp.experts.gate_up_proj": "x"}
@@ -115,8 +113,23 @@ def test_a_module_that_vllm_cannot_adapt_is_named_at_the_start(tiny_model: Path)
         pass
 
 
-@pytest.mark.parametrize("mode", ["native", "merged"])
-def test_tensor_parallel(tmp_path: Path, mode: str):
+@pytest.mark.parametrize(
+    "full", [("lm_head", "embed_tokens", "q_proj"), ("embed_tokens", "v_proj")], ids=["full", "native"]
+)
+def test_untied_head_and_embedding(tmp_path: Path, full: tuple[str, ...]):
+    """As full matrices; the head with an adapter, too."""
+    path = saved(transformers.Qwen3Config(**SMALL, head_dim=32), tmp_path / "untied")
+    learner = Learner(path, Memory(), full, more=("lm_head", "model.embed_tokens"))
+    assert ("lm_head" in learner.lora_modules) == ("lm_head" not in full)
+    with started("vllm", settings_of(learner)) as engine:
+        follow(engine, learner, "native", (1.0, 0.01, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "tolerance"),
+    [("native", "float32", 1e-4), ("merged", "float32", 1e-4), ("native", "bfloat16", 0.2)],
+)
+def test_tensor_parallel(tmp_path: Path, mode: str, dtype: str, tolerance: float):
     """Two processes, which share one head of keys and values."""
     path = tmp_path / "parallel"
     tokenizer = build_tokenizer()
@@ -124,10 +137,9 @@ def test_tensor_parallel(tmp_path: Path, mode: str):
     tokenizer.save_pretrained(path)
     transport = Memory()
     full = ("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj", "layers.1.self_attn.v_proj", "layers.1.mlp.down_proj")
-    learner = Learner(path, transport, full)
-    settings = settings_for(path, transport, adapter=mode, lora_modules=learner.lora_modules, tensor_parallel=2)
-    with started("vllm", settings) as engine:
-        follow(engine, learner, mode, (1.0, 0.01, 0.5))
+    learner = Learner(path, transport, full, getattr(torch, dtype))
+    with started("vllm", settings_of(learner, adapter=mode, tensor_parallel=2, dtype=dtype)) as engine:
+        follow(engine, learner, mode, (1.0, 0.01, 0.5), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["transformers", "vllm"])
@@ -135,6 +147,5 @@ def test_tensor_parallel(tmp_path: Path, mode: str):
 def test_bfloat16(tiny_model: Path, kind: str, mode: str):
     transport = Memory()
     learner = Learner(tiny_model, transport, ("q_proj", "down_proj"), torch.bfloat16)
-    settings = settings_for(tiny_model, transport, adapter=mode, lora_modules=learner.lora_modules, dtype="bfloat16")
-    with started(kind, settings) as engine:
+    with started(kind, settings_of(learner, adapter=mode, dtype="bfloat16")) as engine:
         follow(engine, learner, mode, (1.0, 0.01, 0.5), tolerance=0.2)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hybrid_rl.cluster import Cluster, open_cluster
+from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.types import Resources, WorkerHandle, gather
-from hybrid_rl.weight_sync import Meeting, SyncTimeout, Transport
+from hybrid_rl.weight_sync import Collective, Meeting, SyncTimeout, Transport
 
 TIMEOUT = 3.0
 PAYLOADS = [b"first", bytes(range(256)) * 40_000, b"\0"]
@@ -83,7 +87,7 @@ def settings(backend: str, transport: str, directory: Path | None = None) -> Con
         "data": {"train": "arithmetic@train", "eval": "arithmetic@eval"},
         "learner": {"world_size": 1},
         "rollout": {"engines": 1},
-        "cluster": {"backend": backend, "placement": "colocate" if transport == "ipc" else "split"},
+        "cluster": {"backend": backend, "placement": "split"},
         "sync": {"transport": transport, "timeout": TIMEOUT, "directory": directory and str(directory)},
     }
     return parse_config(tree)
@@ -179,6 +183,55 @@ def test_members_that_speak_of_different_parts_say_so(sides: Sides):
     assert sides.deliver(tickets, *sides.engines) == [PAYLOADS] * 2
 
 
+@pytest.fixture
+def meeting() -> Meeting:
+    return Meeting("127.0.0.1", free_port(), ("learner", "engine-1"), 1)
+
+
+def test_who_did_not_join_sends_and_gets_nothing(meeting: Meeting):
+    alone = Collective(0.2, "cpu")
+    with pytest.raises(SyncTimeout, match="part 0 was not sent: this process did not join"):
+        alone.get((0, 1), "part 0")
+    with pytest.raises(SyncTimeout, match="engine-1 did not come to the meeting"):
+        alone.join(meeting, 0)
+    ticket = alone.put(b"first", "part 0")
+    for call in (lambda: alone.send([ticket]), lambda: alone.get(ticket, "part 0")):
+        with pytest.raises(SyncTimeout, match=r"^part 0 was not sent: learner did not join$"):
+            call()
+
+
+def test_a_port_that_was_taken_meanwhile_is_a_timeout(meeting: Meeting):
+    with socket.create_server((meeting.address, meeting.port)), pytest.raises(SyncTimeout, match=str(meeting.port)):
+        Collective(0.2, "cpu").join(meeting, 0)
+
+
+def test_the_interface_that_the_environment_names_is_used(meeting: Meeting, monkeypatch: pytest.MonkeyPatch):
+    members = [Collective(2.0, "cpu") for _ in meeting.members]
+
+    def meet(interface: str) -> list[BaseException | None]:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+        again = replace(meeting, port=free_port())
+        with ThreadPoolExecutor() as pool:
+            return [p.exception() for p in [pool.submit(m.join, again, i) for i, m in enumerate(members)]]
+
+    assert all(isinstance(e, SyncTimeout) and "no_such" in str(e) for e in meet("no_such"))
+    assert meet("lo") == [None, None]
+
+
+def test_a_broadcast_that_breaks_off_ends_the_group(meeting: Meeting):
+    members = [Collective(1.0, "cpu") for _ in meeting.members]
+    with ThreadPoolExecutor() as pool:
+        deque(pool.map(lambda i: members[i].join(meeting, i), range(2)))
+        members[1]._broadcast = lambda buffer, what: None  # type: ignore[method-assign]
+        ticket = members[0].put(bytes(10**7), "part 0")
+        getting = pool.submit(members[1].get, ticket, "part 0")
+        with pytest.raises(SyncTimeout, match="part 0: its way from learner to engine-1 broke off at learner"):
+            members[0].send([ticket])
+        getting.result()
+    with pytest.raises(SyncTimeout, match="learner did not join"):
+        members[0].send([ticket])
+
+
 def _without_a_place() -> Any:
     """The result of a task that Ray cannot place."""
     import ray  # not above: `open_cluster` decides how it is imported
@@ -188,7 +241,7 @@ def _without_a_place() -> Any:
 
 @pytest.mark.parametrize("backend", ["inline", "ray"])
 def test_what_cannot_work_is_refused(backend: str, tmp_path: Path, request: pytest.FixtureRequest):
-    refused = {"ipc": "sync.transport=ipc", "directory": r"sync\.directory='.*/gone' is no directory"}
+    refused = {"directory": r"sync\.directory='.*/gone' is no directory"}
     if backend == "inline":
         cluster = open_cluster(settings("inline", "object_store"))
         refused["nccl"] = "sync.transport=nccl is between processes"
