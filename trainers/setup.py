@@ -369,6 +369,7 @@ def _start_engine(
         from hybrid_rl.rollout.transformers_engine import TransformersEngine as Engine
     longest = max(len(p.token_ids) for p in task.train + task.eval)
     plans = [task.plan] if task.plan is not None else _drafts(task.anatomy, config)
+    parameters = {weight.name: weight.parameter for weight in task.anatomy.weights}
     settings = EngineSettings(
         name=f"engine-{index}",
         model_path=_resolved(config.model.path),
@@ -382,9 +383,7 @@ def _start_engine(
         transport=transport,
         adapter=config.sync.adapter,
         lora_modules=tuple(dict.fromkeys(m.name for p in plans for m in p.named("lora"))),
-        full_names=tuple(
-            dict.fromkeys(f"{m.name}.weight" for p in plans for m in p.named("full") if len(m.shape) == 2)
-        ),
+        full_names=tuple(dict.fromkeys(parameters[m.name] for p in plans for m in p.named("full"))),
         tensor_parallel=config.rollout.tensor_parallel,
         sleeps=config.cluster.placement == "colocate",
     )

@@ -34,13 +34,14 @@ def tamper(records: list[Any], fault: str) -> list[Any]:
 
     from hybrid_rl.weight_sync.apply import is_factor
 
-    changing = [r for r in records if "lora_A" not in r.name]  # at the first step no factor A does
+    # At the first step no factor A changes. A file's tensors come in any order.
+    changing = sorted((r for r in records if "lora_A" not in r.name), key=lambda r: r.name)
     if fault == "drop a tensor":
         return [r for r in records if r is not changing[0]]
     if fault == "stale adapter":
         return [r for r in records if not is_factor(r.name)]
     if fault == "corrupt an element":
-        first = records[0]
+        first = changing[0]
         write = first.write_to
 
         def spoil(held: Any, shard: Any = None) -> None:
