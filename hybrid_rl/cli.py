@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.config_file import load_config
+from hybrid_rl.types import WorkerDied
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"hybrid-rl {options.command}: {error}", file=sys.stderr)
         return 2
+    except WorkerDied as death:
+        print(f"hybrid-rl {options.command}: {death}. `--resume` goes on from a checkpoint", file=sys.stderr)
+        return 1
 
 
 def _command(commands: argparse._SubParsersAction, name: str, summary: str, run: object) -> argparse.ArgumentParser:

@@ -72,8 +72,8 @@ class SamplingConfig(Settings):
     """Nucleus sampling. Below 1 the learner still scores under the full distribution; see `policy/rollout_kl`."""
     max_completion_length: PositiveInt = 256
     """Most tokens a completion."""
-    stop: list[str] = []
-    """Strings that end a completion."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion, and are cut from the text that rewards see."""
     max_seconds: Positive | None = None
     """Longest that a prompt's completions may take once an engine has taken them on; what is unfinished is cut there
     (finish reason `time`). No limit by default."""
@@ -495,10 +495,10 @@ class Config(Settings):
     def _check_rollout(self) -> None:
         """Refuse placements and ways of sync that cannot be."""
         if (self.sync.transport == "directory") != (self.sync.directory is not None):
-            raise ValueError(
-                f"sync.transport={self.sync.transport} with sync.directory={self.sync.directory!r}; give neither, or "
-                "both, as in sync.transport=directory sync.directory=/shared/sync"
-            )
+            need = "needs sync.directory, one that learner and engines see"
+            if self.sync.directory is not None:
+                need = f"does not use sync.directory={self.sync.directory!r}; drop one of them"
+            raise ValueError(f"sync.transport={self.sync.transport} {need}")
         if self.cluster.placement == "colocate":
             why = None
             if self.rollout.engines != self.learner.world_size:

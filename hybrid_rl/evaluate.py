@@ -12,13 +12,13 @@ from hybrid_rl.types import Prompt, Sampling, ScoredGroup
 
 def evaluate(episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
     """`eval/accuracy`: mean of the first reward over one greedy completion a problem. `eval/mean_at_k`: the same over
-    `eval.k` samples. `eval/truncated`: share of greedy completions cut at `sampling.max_completion_length`. A
+    `eval.k` samples. `eval/truncated`: share of greedy completions cut at a limit. A
     completion without a score counts as 0 here, and in `eval/unscored`."""
     greedy = _answer(episodes, rewards, prompts, sampling_from(config, n=1, temperature=0.0))
     scores = _first_rewards(greedy, config)
     metrics = {
         "eval/accuracy": _mean([s or 0.0 for s in scores]),
-        "eval/truncated": _mean([float(c.finish_reason == "length") for g in greedy for c in g.completions]),
+        "eval/truncated": _mean([float(c.truncated) for g in greedy for c in g.completions]),
         "eval/unscored": float(sum(s is None for s in scores)),
     }
     if config.eval.k:

@@ -68,9 +68,9 @@ class RunScreen:
     def show_plan(self, plan: AdaptationPlan) -> None:
         self._console.print(plan_table(plan))
 
-    def show_start(self, step: int, evaluation: Mapping[str, float]) -> None:
-        """Where training starts from: step 0, or the one that is resumed."""
-        self._held_out = f"{evaluation['eval/accuracy']:.3f} at step {step}"
+    def show_start(self, step: int, evaluation: Mapping[str, float], evaluated: int) -> None:
+        """Where training starts from: step 0, or the one that is resumed, last evaluated at step `evaluated`."""
+        self._held_out = f"{evaluation['eval/accuracy']:.3f} at step {evaluated}"
         if step:
             left = "nothing is left to do" if step == self._steps else f"{self._steps - step} steps are left"
             self._console.print(f"resumed after step {step} of {self._steps}; {left}")

@@ -81,6 +81,11 @@ class Completion:
     given: tuple[tuple[int, int], ...] = ()
     """Spans [start, end) of `token_ids` that the environment gave; no policy sampled them (their `logprobs` are 0)."""
 
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit ended it."""
+        return self.finish_reason in ("length", "time")
+
 
 @dataclass(frozen=True)
 class ScoredGroup:

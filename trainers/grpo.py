@@ -53,7 +53,8 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
         else:
             before = evaluate(workplace.episodes, workplace.rewards, task.eval, config)
             run.write_summary({"eval_before": before, "ranking_seconds": ranking, "plan_hash": plan.hash})
-        screen.show_start(done.step, done.last_eval or before)
+        evaluated = done.step // config.eval.every * config.eval.every if done.last_eval and config.eval.every else 0
+        screen.show_start(done.step, done.last_eval or before, evaluated)
         prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
         source: RolloutSource = InTurn(config, workplace, prompts)
         if config.asynchrony.max_staleness:

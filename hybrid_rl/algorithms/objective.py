@@ -24,6 +24,8 @@ class Objective:
     tokens: TokenLoss
     kl_T: Tensor | None
     """From the reference policy, where it is given."""
+    mismatch_T: Tensor
+    """Factor of each token's loss by `algo.mismatch`."""
     mismatch_dropped_T: Tensor
     off_policy_dropped_T: Tensor
 
@@ -56,6 +58,7 @@ def policy_objective(tokens: Tokens, algo: AlgoConfig, loss: Loss) -> Objective:
         loss=(total_T * tokens.weights_T).sum(),
         tokens=replace(found, loss_T=found.loss_T.detach()),
         kl_T=None if divergence_T is None else divergence_T.detach(),
+        mismatch_T=mismatch_T,
         mismatch_dropped_T=dropped_T,
         off_policy_dropped_T=~kept_T,
     )

@@ -71,7 +71,7 @@ def assemble(
                 why = "unscored"
             elif not signal_P[p] and algo.zero_variance != "count":
                 why = "zero_variance"
-            elif algo.overlong_filter and completion.finish_reason == "length":
+            elif algo.overlong_filter and completion.truncated:
                 why = "overlong"
                 # Counts as a completion without tokens.
                 sequences.append(replace(teaches, completion_ids=(), rollout_logprobs=(), advantage=0.0, given=()))
@@ -141,7 +141,8 @@ def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, 
         "tokens/given": sum(len(c.token_ids) for c in completions) - sum(lengths),
         "completions/mean_length": _mean(lengths),
         "completions/mean_turns": _mean([1 + len(c.given) for c in completions]),
-        "completions/truncated": _mean([c.finish_reason == "length" for c in completions]),
+        "completions/truncated": _mean([c.truncated for c in completions]),
+        "completions/out_of_time": _mean([c.finish_reason == "time" for c in completions]),
     }
     for plugin in groups[0].parts:
         metrics[f"reward/{plugin}/mean"] = _mean([r for g in groups for r in g.parts[plugin]])

@@ -19,6 +19,7 @@ ALWAYS = (
     *(
         "tokens/trained",
         "tokens/padding",
+        "policy/mismatch_weight",
         "tokens/dropped_mismatch",
         "tokens/dropped_off_policy",
         "faults/skipped_updates",
@@ -32,8 +33,8 @@ NO_UPDATE = StepStats(dict.fromkeys(ALWAYS, 0.0), {})
 
 
 _SUMS = (
-    *("loss", "passes", "low", "high", "entropy", "kl", "mismatch", "off_policy", "first_tokens", "first_clipped"),
-    *("tokens", "padding"),
+    *("loss", "passes", "low", "high", "entropy", "kl", "mismatch", "mismatch_weight", "off_policy"),
+    *("first_tokens", "first_clipped", "tokens", "padding"),
 )
 
 
@@ -62,6 +63,7 @@ class Measures:
             "high": high,
             "entropy": entropy_T.detach().double().sum(),
             "mismatch": result.mismatch_dropped_T.sum(),
+            "mismatch_weight": result.mismatch_T.double().sum(),
             "off_policy": result.off_policy_dropped_T.sum(),
             "first_tokens": count if first else 0,
             "first_clipped": low + high if first else 0,
@@ -109,6 +111,7 @@ class Measures:
             "policy/clip_fraction_first": sums["first_clipped"] / max(sums["first_tokens"], 1.0),
             **{f"policy/ratio_p{int(q * 100):02d}": _quantile(ratios, q) for q in (0.01, 0.5, 0.99)},
             "policy/ratio_max": _quantile(ratios, 1.0),
+            "policy/mismatch_weight": sums["mismatch_weight"] / passes,
             "policy/rollout_kl": float(rollout_kl.mean()),
             "policy/rollout_kl_p99": _quantile(rollout_kl, 0.99),
             "policy/rollout_logprob_diff": float(difference.mean()),

@@ -71,6 +71,7 @@ class Episodes:
         """Request id -> what it begins or goes on with."""
         self._answers: dict[Future[Any], _Episode] = {}
         self._answered = False
+        self._noted: set[str] = set()
         self.faults: dict[str, int] = dict.fromkeys(
             ("environment_error", "environment_timeout", "environment_crash"), 0
         )
@@ -180,7 +181,9 @@ class Episodes:
         """Count it. Raises `RuntimeError` if the environment has never answered: it is broken."""
         assert self._environment is not None
         self.faults[f"environment_{failure.kind}"] += 1
-        logger.warning("rollout.environment: %s", failure.detail)
+        if failure.detail not in self._noted:  # faults/environment_* has how often
+            self._noted.add(failure.detail)
+            logger.warning("rollout.environment: %s", failure.detail)
         if not self._answered and sum(self.faults.values()) >= GIVE_UP_AFTER:
             raise RuntimeError(f"rollout.environment={self._environment.spec} never answered; {failure.detail}")
 
