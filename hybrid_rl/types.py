@@ -229,15 +229,13 @@ def gather(pending: Sequence[Pending], timeout: float | None = None) -> list[Any
     The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
     """
     until = None if timeout is None else time.monotonic() + timeout
-    waiting = set(range(len(pending)))
-    while waiting:
+    results: dict[int, Any] = {}
+    while waiting := [i for i in range(len(pending)) if i not in results]:
         wait_any([pending[i] for i in waiting], _POLL_SECONDS)
-        for i in [i for i in waiting if pending[i].ready(0)]:
-            pending[i].result()
-            waiting.remove(i)
-        if waiting and until is not None and time.monotonic() > until:
-            pending[min(waiting)].result(0)  # says who it is
-    return [p.result() for p in pending]
+        results |= {i: pending[i].result() for i in waiting if pending[i].ready(0)}
+        if until is not None and time.monotonic() > until and len(results) < len(pending):
+            pending[next(i for i in waiting if i not in results)].result(0)  # says who it is
+    return [results[i] for i in range(len(pending))]
 
 
 _POLL_SECONDS = 0.5

@@ -20,7 +20,7 @@ import yaml
 from hybrid_rl.tracking import read_metrics
 from tests.trainers.test_grpo import learnable  # noqa: F401
 
-STEPS_A_MINUTE = 60
+STEPS_A_MINUTE = 200
 CALM_SECONDS = (4.0, 25.0)
 """Between two faults; starting anew takes longer than the shorter, so that workers are hit at every stage."""
 
