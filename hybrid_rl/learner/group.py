@@ -9,7 +9,7 @@ from typing import Any
 from hybrid_rl.adaptation import PARTS
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import Score
-from hybrid_rl.types import Pending, StepStats, TrainSequence, WeightUpdate, WorkerHandle, gather
+from hybrid_rl.types import Pending, TrainSequence, WeightUpdate, WorkerHandle, gather
 from hybrid_rl.weight_sync import Meeting
 
 
@@ -39,12 +39,9 @@ class LearnerGroup:
     def build(self, plan: AdaptationPlan) -> None:
         self._all("build", plan.to_json())
 
-    def train(self, batch: Any) -> StepStats:
-        """Train on a `TrainBatch`, or on a reference to one. Ranks work in step; seconds are rank 0's."""
-        return self.begin_train(batch).result()
-
     def begin_train(self, batch: Any) -> Pending:
-        """`train`, without waiting for it."""
+        """Train on a `TrainBatch`, or on a reference to one: a call whose result is `StepStats`. Ranks work in step;
+        seconds are rank 0's."""
         self._training = _First([w.submit("train", batch) for w in self._workers], self._timeout)
         return self._training
 

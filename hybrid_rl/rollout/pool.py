@@ -105,7 +105,7 @@ class RolloutPool:
         self._spawn = spawn
         self._timeout, self._start_timeout, self._sync_timeout = timeout, start_timeout, sync_timeout
         self._most_sequences = 2 * max_concurrent  # so that an engine always has the next ones at hand
-        self._restarts_left = max_restarts
+        self._most_restarts = max_restarts
         self._check_receipts, self._courier = verify, courier
         self._queue: deque[Request] = deque()
         self._asked: dict[str, Request] = {}
@@ -116,8 +116,6 @@ class RolloutPool:
         self._log: list[WeightUpdate] = []
         """The last anchor and all updates since: what a replaced engine needs."""
         self._draining = False
-        self.version = 0
-        """Weight version that every serving engine has."""
         self.restarts = 0
         """Engines replaced so far."""
         self.backups = 0
@@ -198,7 +196,6 @@ class RolloutPool:
             self._drain()
             in_flight = "keep"
         self._log = [update] if update.base_version is None else [*self._log, update]
-        self.version = update.version
         self._settle()
         self._apply([slot for slot in self._slots if slot.serves], in_flight)
         self._catch_up()
@@ -391,13 +388,12 @@ class RolloutPool:
 
     def _replace(self, slot: _Slot, why: str) -> None:
         """Start another engine in its place; what it held is queued again, first."""
-        if self._restarts_left == 0:
+        if self.restarts == self._most_restarts:
             raise RuntimeError(
                 f"rollout engine {slot.index} failed ({why}) and rollout.max_restarts replacements are used up; "
                 "its log tells more, raise the setting if the cause is outside the run"
             )
         logger.warning("rollout engine %d failed during %s (%s); replacing it", slot.index, slot.doing, why)
-        self._restarts_left -= 1
         self.restarts += 1
         elsewhere = {name for other in self._slots if other is not slot for name in other.holds}
         for name in self._pinned & slot.holds.keys():
