@@ -6,6 +6,7 @@ suffixes: P prompts, G completions of one prompt, N completions of a batch, T to
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,6 +198,11 @@ class WorkerDied(Exception):
 class Pending(Protocol):
     """A call under way."""
 
+    @property
+    def name(self) -> str:
+        """The worker's."""
+        ...
+
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the value. Raises `WorkerDied`, or the worker's own exception."""
         ...
@@ -223,18 +229,20 @@ def wait_any(pending: Sequence[Pending], seconds: float) -> None:
         pending[0].ready(min(left, _POLL_SECONDS if len(pending) == 1 else _TURN_SECONDS))
 
 
-def gather(pending: Sequence[Pending], timeout: float | None = None) -> list[Any]:
-    """All results, in order. Raises `WorkerDied` if one is not there after `timeout` seconds.
+def gather(pending: Sequence[Pending], timeout: float | None = None, since: float | None = None) -> list[Any]:
+    """All results, in order. Raises `WorkerDied` if one is not there `timeout` seconds after `since`
+    (`time.monotonic`), or after now.
 
     The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
     """
-    until = None if timeout is None else time.monotonic() + timeout
+    until = math.inf if timeout is None else timeout + (time.monotonic() if since is None else since)
     results: dict[int, Any] = {}
     while waiting := [i for i in range(len(pending)) if i not in results]:
         wait_any([pending[i] for i in waiting], _POLL_SECONDS)
         results |= {i: pending[i].result() for i in waiting if pending[i].ready(0)}
-        if until is not None and time.monotonic() > until and len(results) < len(pending):
-            pending[next(i for i in waiting if i not in results)].result(0)  # says who it is
+        late = [pending[i].name for i in waiting if i not in results]
+        if late and time.monotonic() > until:
+            raise WorkerDied(f"{' and '.join(late)} did not answer within {timeout:g} s")
     return [results[i] for i in range(len(pending))]
 
 

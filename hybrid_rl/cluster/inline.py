@@ -72,14 +72,15 @@ class _InlineHandle:
         self._worker = worker
 
     def submit(self, method: str, /, *args: Any, **kwargs: Any) -> Pending:
-        return _Done(getattr(self._worker, method)(*args, **kwargs))
+        return _Done(self.name, getattr(self._worker, method)(*args, **kwargs))
 
     def kill(self) -> None:
         self._worker = None
 
 
 class _Done:
-    def __init__(self, value: Any) -> None:
+    def __init__(self, name: str, value: Any) -> None:
+        self.name = name
         self._value = value
 
     def result(self, timeout: float | None = None) -> Any:

@@ -161,20 +161,20 @@ class _RayHandle:
 
 class _RayPending:
     def __init__(self, name: str, reference: Any) -> None:
-        self._name = name
+        self.name = name
         self._reference = reference
 
     def result(self, timeout: float | None = None) -> Any:
         try:
             return ray.get(self._reference, timeout=timeout)
         except ray.exceptions.GetTimeoutError:
-            raise WorkerDied(f"{self._name} did not answer within {timeout:g} s") from None
+            raise WorkerDied(f"{self.name} did not answer within {timeout:g} s") from None
         except ray.exceptions.RayActorError as death:
             if death.actor_init_failed:
-                raise RuntimeError(f"{self._name} could not start: {_cause(death)}") from None
-            raise WorkerDied(f"{self._name}: {_cause(death)}") from None
+                raise RuntimeError(f"{self.name} could not start: {_cause(death)}") from None
+            raise WorkerDied(f"{self.name}: {_cause(death)}") from None
         except _LOST as death:
-            raise WorkerDied(f"{self._name}: {_cause(death)}") from None
+            raise WorkerDied(f"{self.name}: {_cause(death)}") from None
         except ray.exceptions.RayTaskError as failure:
             if isinstance(failure.cause, ConfigError):  # for the user, who has no use for a worker's traceback
                 raise ConfigError(str(failure.cause)) from None

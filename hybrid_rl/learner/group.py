@@ -91,18 +91,21 @@ class _First:
     """What every rank is doing, as one call with rank 0's result."""
 
     def __init__(self, ranks: Sequence[Pending], limit: float | None) -> None:
-        self._ranks = list(ranks)
-        self._until = None if limit is None else time.monotonic() + limit
+        self._ranks, self._limit, self._started = list(ranks), limit, time.monotonic()
         self._result: list[Any] | None = None
 
+    @property
+    def name(self) -> str:
+        return self._ranks[0].name
+
     def result(self, timeout: float | None = None) -> Any:
-        """The first failure ends the wait: the other ranks may be waiting for the one that failed."""
-        left = None if self._until is None else max(0.0, self._until - time.monotonic())
+        """The first failure ends the wait: the other ranks may be waiting for the one that failed. `timeout` is not
+        looked at, but the ranks' own limit."""
         if self._result is None:
-            self._result = gather(self._ranks, left if timeout is None else timeout)
+            self._result = gather(self._ranks, self._limit, self._started)
         return self._result[0]
 
     def ready(self, timeout: float) -> bool:
         """Whether there is anything for `result` to return or raise: rank 0 is done, or some rank failed or is late."""
-        late = self._until is not None and time.monotonic() > self._until
+        late = self._limit is not None and time.monotonic() > self._started + self._limit
         return self._ranks[0].ready(timeout) or late or any(r.ready(0) for r in self._ranks)

@@ -82,12 +82,12 @@ class FakeEngine:
 
 class _FakePending:
     def __init__(self, value: Any, name: str, ready: bool = True, after: float = 0.0) -> None:
-        self._value, self._name, self._is_ready = value, name, ready
+        self._value, self.name, self._is_ready = value, name, ready
         self._from = time.monotonic() + after
 
     def result(self, timeout: float | None = None) -> Any:
         if self._value is None:
-            raise WorkerDied(f"{self._name} is gone")
+            raise WorkerDied(f"{self.name} is gone")
         if isinstance(self._value, Exception):
             raise self._value
         return self._value

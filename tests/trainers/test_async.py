@@ -66,6 +66,8 @@ def _score(prompts: Any, completions: Any) -> Scored:
 class _Training:
     """Is over after some looks at it."""
 
+    name = "learner-0"
+
     def __init__(self, polls: int) -> None:
         self._left = polls
 

@@ -197,7 +197,7 @@ def test_a_learner_that_hangs_stops_the_run_by_name(
     monkeypatch.setattr(learner_worker, "LearnerWorker", HangingLearner)
     tree = small(learnable, steps=3, **{"async": {"max_staleness": 1}})
     tree["learner"] |= {"timeout": 20}
-    with pytest.raises(WorkerDied, match="learner-0 did not answer"):
+    with pytest.raises(WorkerDied, match="learner-0 did not answer within 20 s"):
         train(parse_config(tree), name="hanging")
 
 
