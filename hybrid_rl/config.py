@@ -525,10 +525,6 @@ class Config(Settings):
                 f"async.max_staleness={self.asynchrony.max_staleness} has generation beside training, but "
                 "cluster.backend=inline does one thing at a time; drop one of them"
             )
-        idle = sorted(n for n in GateConfig.model_fields if getattr(self.sync.gate, n) != getattr(GateConfig(), n))
-        if not self.sync.gate.every and idle != ["every"]:
-            idle.remove("every")
-            raise ValueError(f"sync.gate.{idle[0]} does nothing with sync.gate.every=0; drop one of them")
         if self.rollout.environment is None and self.rollout.max_turns != RolloutConfig().max_turns:
             raise ValueError(f"rollout.max_turns={self.rollout.max_turns} does nothing without rollout.environment")
 

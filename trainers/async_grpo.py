@@ -43,7 +43,7 @@ class Overlapped:
 
     def next(self, clock: StepClock) -> Rollouts:
         faults: Counter[str] = Counter()
-        for _ in range(draws(self._config)):
+        for left in reversed(range(draws(self._config))):
             with clock.time("generate"):
                 while self._scoring is None:
                     self._work()
@@ -56,7 +56,7 @@ class Overlapped:
             self.position += len(scored.groups)
             missing = groups_wanted(self._config, self._groups)
             self._open -= missing  # what is drawn again has left the step
-            self._left += missing
+            self._left += missing if left else 0
             self._in_step = self._config.batch.prompts - missing
             if not missing:
                 break

@@ -64,4 +64,4 @@ class MeetingCourier:
         return True
 
     def free(self) -> bool:
-        return not self._learner().trains
+        return not self._learner().trains and (self._sending is None or self._sending.ready(0))

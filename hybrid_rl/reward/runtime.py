@@ -53,8 +53,6 @@ class RewardPool:
         """
         kept = [[j for j, c in enumerate(g) if c.finish_reason != "environment"] for g in groups]
         asked = [i for i, indices in enumerate(kept) if indices]
-        if groups and not asked:
-            raise RuntimeError("rollout.environment failed on every completion; the log says how")
         faults = {"timeout": 0, "error": 0, "crash": 0}
         tables: dict[str, list[list[float | Failure | None]]] = {}
         for plugin in (spec.plugin for spec in self._specs):
@@ -67,6 +65,9 @@ class RewardPool:
                     table[i][j] = score
                     if isinstance(score, Failure):
                         faults[score.kind] += 1
+            failures = [entry for row in table for entry in row if isinstance(entry, Failure)]
+            if failures and len(failures) == _count(groups):
+                raise RuntimeError(f"{plugin} failed on every completion; the last time: {failures[-1].detail}")
         scored = []
         for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
             rewards_G = tuple(self._total([tables[s.plugin][i][j] for s in self._specs]) for j in range(len(group)))
@@ -95,8 +96,6 @@ class RewardPool:
         failures = [entry for row in scores for entry in row if isinstance(entry, Failure)]
         if failures:
             logger.warning("%s: %d completions without a score (%s)", plugin, len(failures), failures[-1].detail)
-        if failures and len(failures) == _count(groups):
-            raise RuntimeError(f"{plugin} failed on every completion; the last time: {failures[-1].detail}")
         return scores
 
     def _call(

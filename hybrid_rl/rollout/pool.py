@@ -101,7 +101,8 @@ class RolloutPool:
         courier: Courier | None = None,
     ) -> None:
         """`spawn(i)` starts engine i, of which each decodes `max_concurrent` sequences at once. Times in seconds;
-        `sync_timeout`: an update may take so much longer than other calls. `courier`: where the transport sends."""
+        `sync_timeout`: each of the updates that one is sent may take so much longer. `courier`: where the transport
+        sends."""
         self._spawn = spawn
         self._timeout, self._start_timeout, self._sync_timeout = timeout, start_timeout, sync_timeout
         self._most_sequences = 2 * max_concurrent  # so that an engine always has the next ones at hand
@@ -180,7 +181,7 @@ class RolloutPool:
         self._catch_up()
         self._share_out()
         for slot in self._slots:
-            if slot.serves and slot.pending is None and (slot.holds or slot.cancelled):
+            if slot.serves and not slot.asleep and slot.pending is None and (slot.holds or slot.cancelled):
                 requests, slot.fresh = slot.fresh, []
                 cancelled, slot.cancelled = slot.cancelled, []
                 self._call(slot, "advance", "advance", requests, cancelled, _SLICE_SECONDS)
@@ -197,7 +198,8 @@ class RolloutPool:
             in_flight = "keep"
         self._log = [update] if update.base_version is None else [*self._log, update]
         self._settle()
-        self._apply([slot for slot in self._slots if slot.serves], in_flight)
+        # One that caught up meanwhile has it.
+        self._apply([slot for slot in self._slots if slot.serves and slot.held is not update], in_flight)
         self._catch_up()
         self._settle()
         return sum(slot.serves and slot.held is update for slot in self._slots) * self._check_receipts
@@ -275,7 +277,8 @@ class RolloutPool:
 
     def _call(self, slot: _Slot, doing: _Doing, method: str, *args: Any) -> None:
         slot.doing, slot.limit = doing, self._start_timeout if doing == "start" else self._timeout
-        slot.limit += self._sync_timeout if doing in ("apply", "repair") else 0.0
+        if doing in ("apply", "repair"):
+            slot.limit += self._sync_timeout * len(args[0])
         slot.deadline = _now() + slot.limit
         try:
             slot.pending = slot.engine.submit(method, *args)
@@ -360,7 +363,8 @@ class RolloutPool:
         """Send everything again, once; more often only where what was sent has been superseded."""
         slot.held = None
         if doing == "repair" and slot.sent is self._log[-1]:
-            raise type(why)(f"{slot.engine.name}, which was sent everything again: {why}") from why
+            kind = next(k for k in (SyncMismatch, *_MENDABLE) if isinstance(why, k))  # Ray's own are made of these
+            raise kind(f"{slot.engine.name}, which was sent everything again: {why}") from why
         if slot.sent is self._log[-1]:
             logger.warning("%s: %s; sending everything again", slot.engine.name, why)
             self.repairs += 1

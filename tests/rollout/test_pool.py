@@ -214,6 +214,21 @@ def test_an_engine_that_catches_up_while_others_go_on_serves_what_they_serve(ver
     assert sum(started[2].got) == 5, "no update twice"
 
 
+def test_an_engine_that_catches_up_within_an_update_is_sent_it_once():
+    """The replacement starts and catches up while the update waits for the other engine's slice."""
+    pool, started = make([{3: "late"}, {3: "die"}])
+    pool.wait_ready()
+    pool.update(anchor(1))
+    pool.submit(REQUESTS)
+    pool.poll(0)  # the first engine is at a slice of 0.3 s, the second dies
+    assert pool.update(delta(2)) == 2
+    assert started[2].got == [2]
+    pool.wait_ready()
+    while pool.unfinished:
+        pool.poll(0.1)
+    assert len(pool.take_finished()) == len(REQUESTS)
+
+
 @pytest.mark.parametrize("fault", ["corrupt", "refuse"])
 def test_an_engine_that_does_not_hold_what_it_was_sent_is_sent_everything_again(fault: str):
     pool, started = make([{3: fault}])

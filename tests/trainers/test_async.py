@@ -142,7 +142,6 @@ def test_importance_is_corrected_by_default_where_completions_may_be_stale():
         ({"async": {"max_staleness": 1}, "cluster": {"backend": "inline"}, "learner": {"world_size": 1}}, "at a time"),
         ({"cluster": {"placement": "colocate"}, "rollout": {"engines": 3}}, "rollout.engines=3 shares a GPU"),
         ({"sync": {"transport": "directory"}}, "sync.transport=directory needs sync.directory"),
-        ({"sync": {"gate": {"every": 0, "mean": 1.0}}}, "sync.gate.mean does nothing"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict, message: str):
