@@ -42,7 +42,7 @@ class Updates:
         if self._broken is not None:
             raise EngineBroken(self._broken)
 
-    def check_chain(self, updates: Sequence[WeightUpdate]) -> None:
+    def _check_chain(self, updates: Sequence[WeightUpdate]) -> None:
         """Raises `UpdateRefused` if `updates` do not lead from what is held to their last."""
         if not updates:
             raise UpdateRefused("no update was given")
@@ -60,7 +60,7 @@ class Updates:
 
         Raises `UpdateRefused` or `SyncTimeout` with `target` as it was, or `EngineBroken`.
         """
-        self.check_chain(updates)
+        self._check_chain(updates)
         changed = False
         try:
             for update in updates:
