@@ -39,7 +39,7 @@ from hybrid_rl.config import Config
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.rollout.engine import EngineSettings, run_requests
 from hybrid_rl.types import Request, Sampling
-from hybrid_rl.weight_sync import Publisher, lora_factors
+from hybrid_rl.weight_sync import Publisher, served_tensors
 from trainers.warm_start import build_tokenizer
 
 RANK, SPREAD = 16, 1e-3
@@ -81,10 +81,9 @@ def measure(path: Path, mode: str, dtype: str, rounds: int) -> dict[str, float]:
     for version in range(1, rounds + 2):
         torch.manual_seed(version)
         with torch.no_grad():
-            for pair in adapted.lora.values():
-                pair.b.normal_(0, SPREAD)
-        factors = lora_factors({n: (p.a, p.b, p.scaling) for n, p in adapted.lora.items()}, RANK)
-        update = publisher.publish(factors.items(), version, RANK)
+            for adapter in adapted.adapters.values():
+                adapter.factors()[0].b.normal_(0, SPREAD)
+        update = publisher.publish(served_tensors(adapted), version, RANK)
         started = time.perf_counter()
         engine.apply_updates([update])
         syncs.append(time.perf_counter() - started)

@@ -127,7 +127,7 @@ def settings(path: str, **changes: Any) -> Config:
 def start_worker(config: Config) -> Any:
     from hybrid_rl.cluster.inline import Memory, free_port
     from hybrid_rl.learner.worker import LearnerWorker
-    from hybrid_rl.plan import build_plan, select_candidates
+    from hybrid_rl.plan_building import build_plan, select_candidates
 
     worker = LearnerWorker(config, 0, Memory())
     worker.connect("127.0.0.1", free_port())
@@ -203,7 +203,9 @@ def trl_side(config: Config, equal: bool) -> Step:
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
         report_to="none",
     )
-    lora = LoraConfig(r=config.lora.rank, lora_alpha=int(config.lora.resolved_alpha), target_modules="all-linear")
+    lora = LoraConfig(
+        r=config.lora.rank, lora_alpha=int(config.lora.alpha_at(config.lora.rank, False)), target_modules="all-linear"
+    )
     trainer = GRPOTrainer(
         model=config.model.path,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),

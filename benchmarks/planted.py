@@ -39,7 +39,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hybrid_rl.components import Anatomy, read_model
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.scorer import Scorer
-from hybrid_rl.plan import probe_plan
+from hybrid_rl.plan_building import probe_plan
 from hybrid_rl.scoring import Score, ScoreContext, find_score, score_names
 from trainers.ranking import probe_schedule
 

@@ -34,7 +34,7 @@ from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.learner.batching import micro_batches
-from hybrid_rl.plan import build_plan, select_candidates
+from hybrid_rl.plan_building import build_plan, select_candidates
 from hybrid_rl.scoring import find_score, score_names, sketch_floats
 from hybrid_rl.types import TrainSequence
 

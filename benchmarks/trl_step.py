@@ -208,7 +208,9 @@ def train_trl(config: Config, out: Path) -> None:
         args=settings,
         train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.columns["answer"]} for p in drawn]),
         peft_config=LoraConfig(
-            r=config.lora.rank, lora_alpha=int(config.lora.resolved_alpha), target_modules="all-linear"
+            r=config.lora.rank,
+            lora_alpha=int(config.lora.alpha_at(config.lora.rank, False)),
+            target_modules="all-linear",
         ),
         callbacks=[Clock()],
     )

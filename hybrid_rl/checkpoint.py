@@ -1,7 +1,7 @@
 """Checkpoints that a killed process cannot break: written aside, synced, then renamed.
 
 `checkpoints/step_000010/` holds DeepSpeed's shards (trained weights, both optimizer groups' masters and moments) under
-`learner/`, the trained weights alone as `weights.safetensors`, and `state.json`.
+`learner/`, the trained weights alone, in fp32, as `weights.safetensors`, and `state.json`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.files import sync_path, sync_tree
-from hybrid_rl.weight_sync import WEIGHTS
 
 LEARNER = "learner"
 STATE = "state.json"

@@ -423,7 +423,7 @@ def _weight(
     if shape is not None:
         parent, _, attribute = owner.rpartition(".")
         slices = facts.fused_parts(modules[parent], attribute, shape[0], _text_config(model), component == "attention")
-        no_lora = _no_lora(short, shape, model, modules)
+        no_lora = _no_lora(short, shape, modules)
     return Weight(
         name=short,
         parameter=names[0],
@@ -438,20 +438,12 @@ def _weight(
     )
 
 
-def _no_lora(name: str, shape: tuple[int, int], model: nn.Module, modules: Modules) -> str | None:
-    from peft import LoraConfig  # here, because it takes seconds to import
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-
+def _no_lora(name: str, shape: tuple[int, int], modules: Modules) -> str | None:
     owner, _, path = name.rpartition(".")
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, path)
-    except ValueError as error:
-        reason, _, _ = str(error).partition(". ")
-        return f"PEFT refuses it: {reason}"
     if min(shape) < 2:
         return f"its shape {shape} leaves no room for a low rank"
     while True:
-        if facts.uses_weight_directly(type(modules[owner]), path):
+        if facts.bypasses(type(modules[owner]), path) == "always":
             return f"{type(modules[owner]).__name__} computes with its weight directly, past an adapter around it"
         owner, _, attribute = owner.rpartition(".")
         if not attribute or attribute.isdigit():  # code says `self.mixer.out_proj`, but not `self.layers.0`

@@ -15,9 +15,19 @@ from hybrid_rl.algo import PRESETS, AlgoConfig
 from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
 from hybrid_rl.settings import ConfigError as ConfigError
 from hybrid_rl.settings import NotNegative, Positive, Probability, Settings
+from hybrid_rl.treatments import (
+    ADAPTATIONS,
+    ADAPTERS,
+    ROUTED,
+    TREATMENTS,
+    FullConfig,
+    LoraConfig,
+    MatryoshkaConfig,
+    MolfConfig,
+    PositiveInt,
+    Schedule,
+)
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Schedule = Literal["constant", "linear", "cosine"]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -126,7 +136,7 @@ class PlanConfig(Settings):
     """Patterns of weights to fine-tune fully outside the budget: routers, gates, norms, `A_log`, convolutions."""
     components: dict[str, str] = {}
     """Pattern of module or parameter names -> component, where the model's structure cannot be read or is misread."""
-    rest: Literal["lora", "frozen"] = "lora"
+    rest: Literal[(*ADAPTERS, "frozen")] = "lora"  # type: ignore[valid-type]
     """Treatment of the candidates outside the budget."""
 
     @field_validator("placement")
@@ -147,40 +157,6 @@ class PlanConfig(Settings):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no component; use one of {', '.join(COMPONENTS)}")
         return value
-
-
-class FullConfig(Settings):
-    lr: Positive = 1e-6
-    """Learning rate of the fully fine-tuned matrices."""
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    """Clip of this group's gradient norm, on its own."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Its own warm-up; `learner.warmup_steps` by default."""
-    schedule: Schedule | None = None
-    """Its own course of the learning rate; `learner.schedule` by default."""
-
-
-class LoraConfig(Settings):
-    lr: Positive | None = None
-    """Learning rate of the LoRA matrices; 10 x `full.lr` by default."""
-    rank: PositiveInt = 16
-    alpha: Positive | None = None
-    """LoRA scaling numerator; 2 x `lora.rank` by default."""
-    ranks: dict[str, PositiveInt] = {}
-    """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays."""
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
-    """Clip of this group's gradient norm, on its own."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Its own warm-up; `learner.warmup_steps` by default."""
-    schedule: Schedule | None = None
-    """Its own course of the learning rate; `learner.schedule` by default."""
-
-    @property
-    def resolved_alpha(self) -> float:
-        """`alpha` with its default resolved."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class LearnerConfig(Settings):
@@ -372,8 +348,10 @@ class Config(Settings):
     algorithm: Literal[tuple(PRESETS)] = "grpo"  # type: ignore[valid-type]
     """Preset of the policy-optimisation algorithm (`PRESETS` in `hybrid_rl/algo.py`); fields of `algo` override it."""
     algo: AlgoConfig = AlgoConfig()
-    adaptation: Literal["hybrid", "lora", "full"] = "hybrid"
-    """`hybrid`: the best-scored candidates full, the rest LoRA; `lora`: LoRA on all; `full`: all of them full."""
+    adaptation: Literal[ADAPTATIONS] = "hybrid"  # type: ignore[valid-type]
+    """`hybrid`: the best-scored candidates full, the others as `plan.rest` says; `full` and every other treatment
+    (`lora`, `molf`, `dora`, ...; docs/treatments.md): all candidates so; `lora_matched`: LoRA of the rank that comes to
+    as many trained parameters as `hybrid` would have; `bitfit`: norms and biases alone."""
     steps: PositiveInt = 100
     """Rollout batches to train on."""
     seed: int = 0
@@ -383,6 +361,8 @@ class Config(Settings):
     plan: PlanConfig = PlanConfig()
     full: FullConfig = FullConfig()
     lora: LoraConfig = LoraConfig()
+    molf: MolfConfig = MolfConfig()
+    matryoshka: MatryoshkaConfig = MatryoshkaConfig()
     learner: LearnerConfig = LearnerConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
@@ -409,6 +389,18 @@ class Config(Settings):
         if stale and algo.get("old_logprobs", preset.get("old_logprobs", "learner")) == "learner":
             preset.setdefault("mismatch", "truncate")  # completions of older weights are weighed by the ratio
         return {**tree, "algo": {**preset, **algo}}
+
+    @property
+    def rest(self) -> str:
+        """Treatment of the candidates that are not fully fine-tuned."""
+        of = {"hybrid": self.plan.rest, "full": "frozen", "lora_matched": "lora", "bitfit": "frozen"}
+        return of.get(self.adaptation, self.adaptation)
+
+    @property
+    def trains_unwrapped(self) -> bool:
+        """Whether MoLF trains what is neither an expert nor the output head."""
+        default = "train" if self.adaptation == "molf" else "freeze"
+        return self.adaptation in ROUTED and (self.molf.unwrapped or default) == "train"
 
     @property
     def lora_lr(self) -> float:
@@ -472,6 +464,31 @@ class Config(Settings):
                 "drop learner.packing=never"
             )
         return self
+
+    def _check_treatments(self) -> None:
+        """Refuse settings of treatments that are not used. A finished plan may use any."""
+        used = {self.rest} if self.plan.path is None else set(TREATMENTS)
+        for section, treatments in (("molf", set(ROUTED)), ("matryoshka", {"matryoshka"}), ("lora", set(ADAPTERS))):
+            settings = getattr(self, section)
+            changed = [name for name in type(settings).model_fields if name in settings.model_fields_set]
+            changed = [name for name in changed if getattr(settings, name) != getattr(type(settings)(), name)]
+            probed = section == "lora" and self.adaptation == "hybrid"  # of the ranking's probe
+            if changed and not used & treatments and not probed:
+                raise ValueError(
+                    f"{section}.{changed[0]} does nothing with adaptation={self.adaptation}"
+                    + (f" and plan.rest={self.plan.rest}" if self.adaptation == "hybrid" else "")
+                    + "; drop it"
+                )
+        if self.adaptation in ROUTED:
+            experts = len(self.molf.ranks or ([1, 4] if self.adaptation == "molf_efficient" else [1]))
+            experts += TREATMENTS[self.adaptation].trains_weight
+            if self.molf.top_k > experts:
+                raise ValueError(f"molf.top_k={self.molf.top_k} of {experts} experts a module; use at most {experts}")
+            if self.molf.lr_factors and len(self.molf.lr_factors) != experts:
+                raise ValueError(
+                    f"molf.lr_factors={self.molf.lr_factors} is for {len(self.molf.lr_factors)} experts, but each "
+                    f"module has {experts}; give one factor each"
+                )
 
     def _check_algo(self) -> None:
         """Refuse settings that do nothing."""
@@ -550,12 +567,13 @@ class Config(Settings):
                 f"plan.path={self.plan.path!r} gives a finished plan, which plan.{min(making)} cannot change; "
                 "drop one of them"
             )
-        if self.adaptation != "hybrid" and ranking:
+        idle = ranking - {"budget"} if self.adaptation == "lora_matched" else ranking | (changed & {"rest"})
+        if self.adaptation != "hybrid" and idle:
             raise ValueError(
-                f"adaptation={self.adaptation} ranks nothing, so plan.{min(ranking)} would do nothing; drop one of them"
+                f"adaptation={self.adaptation} ranks nothing, so "
+                f"plan.{min(idle)}={getattr(self.plan, min(idle))} would do nothing; drop one of them"
             )
-        if self.adaptation == "lora" and self.plan.rest == "frozen":
-            raise ValueError("adaptation=lora with plan.rest=frozen trains nothing; drop one of them")
+        self._check_treatments()
         if self.learner.offload == "all" and self.learner.zero_stage < 3:
             raise ValueError(
                 f"learner.offload=all needs the weights in shares, but learner.zero_stage={self.learner.zero_stage}; "

@@ -57,8 +57,8 @@ def count_flops(anatomy: Anatomy, plan: AdaptationPlan, model_config: Any) -> Fl
     decoder = [w for w in anatomy.weights if len(w.shape) > 1 and w.component not in ("embedding", "lm_head")]
     heads = [w.params for w in anatomy.weights if w.component == "lm_head"]
     heads = heads or [w.params for w in anatomy.weights if w.component == "embedding"][:1]  # tied
-    trained = [m for m in plan.modules if m.treatment == "full" and m.component != "embedding"]
-    lora = sum(multiplied(m.component, m.rank * sum(m.shape[-2:])) for m in plan.modules if m.rank)
+    trained = [m for m in plan.modules if m.trains_weight and m.component != "embedding"]
+    lora = sum(multiplied(m.component, m.adapter_params) for m in plan.modules)
     width = getattr(config, "num_attention_heads", 0) * (
         getattr(config, "head_dim", None) or config.hidden_size // max(1, getattr(config, "num_attention_heads", 1))
     )

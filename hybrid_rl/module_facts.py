@@ -6,6 +6,7 @@ is cut into contiguous parts. The class's source has them. Where there is no sou
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -82,13 +83,33 @@ def scores_experts(module: nn.Module, count: int, hidden: int) -> bool:
 # --- code ---
 
 
-def uses_weight_directly(cls: type, attribute: str) -> bool:
+def bypasses(cls: type, attribute: str) -> Literal["always", "training"] | None:
     """Whether methods of the class compute with `self.<attribute>.weight` instead of calling the layer.
 
-    An adapter around the layer would be bypassed. To look at the weight's dtype, device or shape is no computation.
+    An adapter around the layer would be bypassed; `training`: only in training mode, in blocks that ask for
+    `self.training`. To look at the weight's dtype, device or shape is no computation.
     """
     pattern = rf"\bself\.{re.escape(attribute)}\.weight\b(?!\.(dtype|device|shape)\b)"
-    return re.search(pattern, _source(cls)) is not None
+    if re.search(pattern, _source(cls)) is None:
+        return None
+    return "always" if re.search(pattern, _outside_training(cls)) else "training"
+
+
+@cache
+def _outside_training(cls: type) -> str:
+    """The source of a class without the blocks that run in training mode alone."""
+    try:
+        tree = ast.parse(_source(cls))
+    except SyntaxError:
+        return _source(cls)
+    return ast.unparse(_DropTraining().visit(tree))
+
+
+class _DropTraining(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        asks = ast.unparse(node.test).split(" and ")
+        return node.orelse or ast.Pass() if "self.training" in asks else node
 
 
 @cache

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hybrid_rl.components import Anatomy, Weight
-from hybrid_rl.config import Config, ConfigError, LoraConfig, PlanConfig
+from hybrid_rl.config import ConfigError
 from hybrid_rl.files import write_atomically
-from hybrid_rl.placement import PLACEMENTS
+from hybrid_rl.treatments import ROUTED, TREATMENTS, adapter_params
 
-Treatment = Literal["full", "lora", "frozen"]
 PLAN_VERSION = 1
 
 
@@ -36,16 +33,43 @@ class PlannedModule:
     params: int
     score: float | None
     rank: int | None
-    """LoRA rank; `None` unless the treatment is `lora`."""
+    """Rank of its adapter; `None` if the treatment has none. Of several adapters, of all together."""
     alpha: float | None
-    """LoRA scaling numerator; `None` unless the treatment is `lora`."""
-    treatment: Treatment
+    """Scaling numerator of the adapter; `None` if the treatment has none."""
+    treatment: str
+    """A name of `TREATMENTS`."""
     slices: tuple[tuple[str, int], ...] = ()
     """Parts of a fused projection, in the order of its rows: name and rows. They share one treatment."""
     extra: bool = False
     """Full by `plan.also_full`, outside the budget and the ranking."""
     note: str | None = None
     """Why the treatment is not the one that the settings ask for."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else the treatment needs. MoLF: `ranks` of the LoRA experts, `rank_stabilised`. Matryoshka: the nested
+    `ranks`, `scaling`, `init`, `loss`. IA3: whether it `scales` the layer's `input` or `output`."""
+
+    @property
+    def trains_weight(self) -> bool:
+        return TREATMENTS[self.treatment].trains_weight
+
+    @property
+    def has_adapter(self) -> bool:
+        return TREATMENTS[self.treatment].adapter
+
+    @property
+    def sent(self) -> str:
+        """What engines are sent of it: `weight`, `factors` or `nothing`."""
+        return TREATMENTS[self.treatment].sent
+
+    @property
+    def sent_rank(self) -> int:
+        """Rank of the factors that engines are sent; 0 without."""
+        return (self.rank or 0) * TREATMENTS[self.treatment].multiple if self.sent == "factors" else 0
+
+    @property
+    def adapter_params(self) -> int:
+        """Trained parameters beside the weight."""
+        return adapter_params(self.treatment, self.shape, self.rank or 0, self.options) if self.has_adapter else 0
 
 
 @dataclass(frozen=True)
@@ -61,9 +85,18 @@ class AdaptationPlan:
     architecture: str = ""
     """Digest of the names and shapes of all the model's weights; empty if it is not known."""
 
-    def named(self, treatment: Treatment) -> list[PlannedModule]:
+    def named(self, treatment: str) -> list[PlannedModule]:
         """The modules with this treatment, in rank order."""
         return [m for m in self.modules if m.treatment == treatment]
+
+    @property
+    def adapted(self) -> list[PlannedModule]:
+        """The modules with an adapter, in rank order."""
+        return [m for m in self.modules if m.has_adapter]
+
+    def sent_as(self, what: str) -> list[PlannedModule]:
+        """The modules of which engines are sent `what` (`weight`, `factors`), in rank order."""
+        return [m for m in self.modules if m.sent == what]
 
     @property
     def candidates(self) -> list[PlannedModule]:
@@ -74,18 +107,21 @@ class AdaptationPlan:
     def totals(self) -> dict[str, int]:
         """Matrices and parameters by treatment, and the trainable parameters they come to."""
         totals = _sizes("candidate", self.candidates)
-        for treatment in ("full", "lora", "frozen"):
-            totals |= _sizes(treatment, self.named(treatment))
+        used = {m.treatment for m in self.modules}
+        for treatment in TREATMENTS:
+            if treatment in used or treatment in ("full", "lora", "frozen"):
+                totals |= _sizes(treatment, self.named(treatment))
         totals |= _sizes("extra", [m for m in self.modules if m.extra])
-        totals["lora_adapter_params"] = sum((m.rank or 0) * sum(m.shape) for m in self.named("lora"))
-        totals["trainable_params"] = totals["full_params"] + totals["lora_adapter_params"]
+        totals["adapter_params"] = sum(m.adapter_params for m in self.modules)
+        weights = sum(m.params for m in self.modules if m.trains_weight)
+        totals["trainable_params"] = weights + totals["adapter_params"]
         return totals
 
     @property
     def hash(self) -> str:
         """Digest of the model and of every module's treatment, in order: equal hashes train the same parameters."""
-        content = [self.model, [[m.name, m.shape, m.treatment, m.rank, m.alpha] for m in self.modules]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        modules = [[m.name, m.shape, m.treatment, m.rank, m.alpha, m.options] for m in self.modules]
+        return hashlib.sha256(json.dumps([self.model, modules], sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         tree = {
@@ -184,22 +220,55 @@ def _sizes(label: str, modules: Sequence[PlannedModule]) -> dict[str, int]:
 
 def _check_treatment(m: PlannedModule, weight: Weight) -> None:
     """Refuse a treatment that this weight cannot have."""
-    if m.treatment not in ("full", "lora", "frozen"):
-        raise ConfigError(f"the plan treats {m.name} as {m.treatment!r}; use full, lora or frozen")
-    if m.treatment == "full":
+    if m.treatment not in TREATMENTS:
+        raise ConfigError(f"the plan treats {m.name} as {m.treatment!r}; use one of {', '.join(TREATMENTS)}")
+    treatment, treats = TREATMENTS[m.treatment], f"the plan treats {m.name} as {m.treatment}"
+    if treatment.trains_weight:
         check_full(weight)
-    if m.treatment == "lora":
-        if not (_is_positive(m.rank, int) and _is_positive(m.alpha, (int, float))):
-            raise ConfigError(
-                f"the plan treats {m.name} as lora without a positive rank and alpha; give both, e.g. 8 and 16"
-            )
-        reason = "it is not the weight of a linear layer" if not weight.linear else weight.no_lora
-        if reason:
-            raise ConfigError(f"the plan treats {m.name} as lora, but {reason}; use full or frozen")
-        if (m.rank or 0) > min(m.shape):
-            raise ConfigError(
-                f"the plan gives {m.name} of shape {by(m.shape)} the rank {m.rank}; use at most {min(m.shape)}"
-            )
+    if not treatment.adapter:
+        return
+    needed = {"rank": (m.rank, int)} if treatment.ranked else {}
+    needed |= {"alpha": (m.alpha, (int, float))} if treatment.scaled else {}
+    if not all(_is_positive(value, kind) for value, kind in needed.values()):
+        raise ConfigError(f"{treats} without a positive {' and '.join(needed)}; give them, e.g. 8 and 16")
+    reason = "it is not the weight of a linear layer" if not weight.linear else weight.no_lora
+    if reason:
+        raise ConfigError(f"{treats}, but {reason}; use full or frozen")
+    if treatment.sent == "weight" and weight.quantised:
+        raise ConfigError(f"{treats}, which needs its weight, but it is quantised; use lora")
+    if treatment.sent == "weight" and weight.tied:
+        raise ConfigError(f"{treats}, which is computed from its weight, but {weight.tied[0]} has the same; use lora")
+    _check_options(m, treats)
+    if max(m.options.get("ranks", ()), default=m.rank or 0) > min(m.shape):
+        raise ConfigError(
+            f"the plan gives {m.name} of shape {by(m.shape)} the rank {m.rank}; use at most {min(m.shape)}"
+        )
+
+
+def _check_options(m: PlannedModule, treats: str) -> None:
+    """Refuse options that the treatment does not know, or could not work with."""
+    known = {
+        **{name: {"ranks": None, "rank_stabilised": (True, False)} for name in ROUTED},
+        "matryoshka": {
+            "ranks": None,
+            "scaling": ("none", "rank", "sqrt"),
+            "init": ("paper", "peft"),
+            "loss": ("sum", "per_rank", "sampled", "largest"),
+        },
+        "ia3": {"scales": ("input", "output")},
+    }.get(m.treatment, {})
+    if set(m.options) != set(known):
+        raise ConfigError(f"{treats} with options {sorted(m.options)}; it needs {sorted(known) or 'none'}")
+    for name, allowed in known.items():
+        value = m.options[name]
+        if allowed is not None and value not in allowed:
+            raise ConfigError(f"{treats} with {name}={value!r}; use one of {', '.join(map(str, allowed))}")
+        if name == "ranks":
+            whole = sum(value) if m.treatment in ROUTED else max(value, default=0)
+            if not all(_is_positive(rank, int) for rank in value) or whole != m.rank:
+                raise ConfigError(f"{treats} with ranks {list(value)}, which do not come to its rank {m.rank}")
+            if m.treatment == "matryoshka" and list(value) != sorted(set(value)):
+                raise ConfigError(f"{treats} with ranks {list(value)}, which must rise")
 
 
 def check_full(weight: Weight) -> None:
@@ -223,257 +292,9 @@ def by(shape: Sequence[int]) -> str:
     return "x".join(str(n) for n in shape)
 
 
-def select_candidates(anatomy: Anatomy, settings: PlanConfig) -> list[Weight]:
-    """The linear layers that `plan.placement`, `plan.include` and `plan.exclude` choose, in the model's order."""
-    terms = _placement_terms(settings.placement)
-    ranked = {w.name for w in anatomy.candidates}
-    linear = [w for w in anatomy.weights if w.linear]
-    included = matching(linear, settings.include, "plan.include", "linear layer")
-    placed = {
-        w.name
-        for w in linear
-        if (w.name in ranked or w.component == "lm_head") and any(_fits(w, term) for term in terms)
-    }
-    if not placed and not included:
-        raise ConfigError(f"plan.placement={settings.placement}: this {anatomy.topology} model has no such matrices")
-    chosen = [w for w in linear if w.name in placed | included]
-    excluded = matching(chosen, settings.exclude, "plan.exclude", "candidate")
-    chosen = [w for w in chosen if w.name not in excluded]
-    if not chosen:
-        raise ConfigError(f"plan.exclude={settings.exclude} leaves no candidate")
-    for w in chosen:
-        if w.component in ("embedding", "lm_head") and w.tied:
-            raise ConfigError(f"{w.name} is tied to {w.tied[0]} and cannot be adapted on its own; leave it out")
-    return chosen
-
-
-def select_extras(anatomy: Anatomy, settings: PlanConfig, candidates: Sequence[Weight]) -> list[Weight]:
-    """The weights that `plan.also_full` names: routers, gates, norms, decay rates, convolutions, expert stacks."""
-    names = matching(anatomy.weights, settings.also_full, "plan.also_full", "weight")
-    both = sorted(names & {w.name for w in candidates})
-    if both:
-        raise ConfigError(
-            f"plan.also_full matches {both[0]}, a candidate that the budget decides on; narrow the pattern, "
-            "or take the module out with plan.exclude"
-        )
-    extras = [w for w in anatomy.weights if w.name in names]
-    for w in extras:
-        check_full(w)
-    return extras
-
-
-def matching(weights: Iterable[Weight], patterns: Sequence[str], setting: str, what: str) -> set[str]:
-    """Names that match any of the shell-style patterns. A pattern that matches nothing is refused."""
-    names = [w.name for w in weights]
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            wider = f"*{pattern.strip('*')}*"
-            hint = (
-                f"did you mean {wider!r}?"
-                if any(fnmatchcase(n, wider) for n in names)
-                else f"they look like {names[0]}"
-            )
-            raise ConfigError(f"{setting}: {pattern!r} matches no {what} by its full name; {hint}")
-        found |= matched
-    return found
-
-
-def _placement_terms(placement: str) -> list[tuple[str, tuple[str, ...]]]:
-    """`attention:q_proj|v_proj+mlp` -> [("attention", ("q_proj", "v_proj")), ("mlp", ())]."""
-    terms = []
-    for term in PLACEMENTS.get(placement, placement).split("+"):
-        component, _, leaves = term.partition(":")
-        terms.append((component, tuple(leaves.split("|")) if leaves else ()))
-    return terms
-
-
-def _fits(weight: Weight, term: tuple[str, tuple[str, ...]]) -> bool:
-    component, leaves = term
-    return weight.component == component and (not leaves or weight.name.rpartition(".")[2] in leaves)
-
-
-def build_plan(
-    anatomy: Anatomy,
-    scores: Mapping[str, float],
-    *,
-    model: str,
-    method: Mapping[str, Any],
-    seed: int,
-    ratio: float,
-    settings: PlanConfig,
-    lora: LoraConfig,
-    unreached: Collection[str] = (),
-) -> AdaptationPlan:
-    """Give the best-scored candidates full treatment within the budget, and `settings.rest` to the others.
-
-    The budget is `ratio` of the candidates' parameters or number. `scores` may be empty when it takes none or all of
-    them. Ties are broken by name. `unreached` are modules that no gradient reaches: they are frozen.
-    """
-    candidates = select_candidates(anatomy, settings)
-    extras = select_extras(anatomy, settings, candidates)
-    names = {c.name for c in candidates}
-    if scores and set(scores) != names:
-        raise ValueError(f"scores and candidates name different modules: {sorted(set(scores) ^ names)[:3]}")
-    broken = [name for name, score in scores.items() if not math.isfinite(score)]
-    if broken:
-        raise ValueError(f"scores are not finite: {broken[:3]}")
-    ordered = sorted(candidates, key=lambda c: (-scores.get(c.name, 0.0), c.name))
-    eligible = [c for c in ordered if not c.quantised and c.name not in unreached]
-    full = choose_full(eligible, scores, ratio=ratio, settings=settings, of=candidates)
-    ranks = _ranks(candidates, lora)
-    modules = []
-    for c in ordered:
-        treatment, note = _treatment(c, c.name in full, settings.rest, c.name in unreached)
-        rank, note = _fitting_rank(c, ranks[c.name], note) if treatment == "lora" else (None, note)
-        alpha = lora.resolved_alpha * rank / lora.rank if rank is not None else None
-        modules.append(_planned(c, treatment, scores.get(c.name), rank, alpha, note=note))
-    modules += [_planned(w, "full", None, None, None, extra=True) for w in extras]
-    plan = AdaptationPlan(model, anatomy.topology, method, seed, tuple(modules), architecture_of(anatomy))
-    plan.check_against(anatomy)
-    return plan
-
-
-def choose_full(
-    ordered: Sequence[Weight],
-    scores: Mapping[str, float],
-    *,
-    ratio: float,
-    settings: PlanConfig,
-    of: Sequence[Weight],
-) -> set[str]:
-    """Names of the candidates, given best first, that full fine-tuning is spent on.
-
-    The budget is `ratio` of the weights `of`, in `settings.budget.unit`. `skip` passes over a candidate that does not
-    fit what is left, `prefix` stops at it, `knapsack` takes the set of largest total score, a score being per parameter
-    where the unit is parameters. `quotas` caps a component's share of the budget.
-    """
-    budget = settings.budget
-    cost = {c.name: c.params if budget.unit == "params" else 1 for c in of}
-    total = ratio * sum(cost.values()) * (1 + 1e-12)  # 0.29 x 100 is 28.999...
-    caps = {component: share * total for component, share in budget.quotas.items()}
-    unknown = sorted(caps.keys() - {c.component for c in of})
-    if unknown:
-        there = ", ".join(dict.fromkeys(c.component for c in of))
-        raise ConfigError(f"plan.budget.quotas names {unknown[0]}, of which there are no candidates; there are {there}")
-    if budget.fill == "knapsack" and 0 < ratio < 1 and ordered:
-        return _knapsack(ordered, scores, cost, total, caps)
-    spent: dict[str, float] = {}
-    full: set[str] = set()
-    for c in ordered:
-        fits = sum(spent.values()) + cost[c.name] <= total
-        within = spent.get(c.component, 0.0) + cost[c.name] <= caps.get(c.component, math.inf)
-        if fits and within:
-            spent[c.component] = spent.get(c.component, 0.0) + cost[c.name]
-            full.add(c.name)
-        elif budget.fill == "prefix" and not fits:
-            break
-    return full
-
-
-def _knapsack(
-    ordered: Sequence[Weight],
-    scores: Mapping[str, float],
-    cost: Mapping[str, int],
-    total: float,
-    caps: Mapping[str, float],
-) -> set[str]:
-    """The set of largest summed value within the budget and the caps: an integer program, solved (HiGHS) to within a
-    millionth of the largest value."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    costs = np.array([cost[c.name] for c in ordered], dtype=float)
-    values = np.array([scores[c.name] for c in ordered]) * costs
-    scale = max(float(np.abs(values).max()), 1e-300)
-    rows, limits = [costs / costs.sum()], [total / costs.sum()]
-    for component, cap in caps.items():
-        rows.append(np.array([c.component == component for c in ordered]) * costs / costs.sum())
-        limits.append(cap / costs.sum())
-    result = milp(
-        -values / scale,
-        integrality=np.ones(len(ordered)),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(np.array(rows), -np.inf, np.array(limits)),  # pyright: ignore[reportArgumentType]
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        raise RuntimeError(f"the knapsack was not solved: {result.message}")
-    return {c.name for c, taken in zip(ordered, result.x, strict=True) if taken > 0.5}
-
-
-def _treatment(weight: Weight, full: bool, rest: Treatment, unreached: bool) -> tuple[Treatment, str | None]:
-    """What is done with a candidate, and why where it is not what the settings ask for."""
-    if unreached:
-        return "frozen", "no gradient reaches it"
-    if full:
-        return "full", None
-    if rest == "lora" and weight.no_lora:
-        return "frozen", f"LoRA cannot serve it: {weight.no_lora}"
-    return rest, None
-
-
-def _ranks(candidates: Sequence[Weight], lora: LoraConfig) -> dict[str, int]:
-    """Every candidate's LoRA rank as configured: the last of `lora.ranks`' patterns that matches, else `lora.rank`."""
-    ranks = {c.name: lora.rank for c in candidates}
-    for pattern, rank in lora.ranks.items():
-        for name in matching(candidates, [pattern], "lora.ranks", "candidate"):
-            ranks[name] = rank
-    return ranks
-
-
-def _fitting_rank(weight: Weight, rank: int, note: str | None) -> tuple[int, str | None]:
-    """A matrix has no more ranks than its smaller side."""
-    most = min(weight.shape)
-    if rank <= most:
-        return rank, note
-    return most, f"rank {rank} lowered to {most}: the matrix is {by(weight.shape)}"
-
-
-def _planned(
-    weight: Weight,
-    treatment: Treatment,
-    score: float | None,
-    rank: int | None,
-    alpha: float | None,
-    *,
-    extra: bool = False,
-    note: str | None = None,
-) -> PlannedModule:
-    return PlannedModule(
-        name=weight.name,
-        component=weight.component,
-        layer=weight.layer,
-        shape=weight.shape,
-        params=weight.params,
-        score=score,
-        rank=rank,
-        alpha=alpha,
-        treatment=treatment,
-        slices=weight.slices,
-        extra=extra,
-        note=note,
-    )
-
-
-def probe_plan(anatomy: Anatomy, config: Config) -> AdaptationPlan:
-    """LoRA on every candidate that can have it: what a probe trains."""
-    settings = config.plan.model_copy(update={"rest": "lora", "also_full": []})
-    return build_plan(
-        anatomy,
-        {},
-        model=config.model.path,
-        method={"probe": True},
-        seed=config.seed,
-        ratio=0.0,
-        settings=settings,
-        lora=config.lora,
-    )
-
-
 def treatment_label(module: PlannedModule | None) -> str:
-    """`full`, `lora r=8`, `frozen`; `absent` of a module that a plan does not list."""
+    """`full`, `lora r=8`, `molf r=8+32`, `frozen`; `absent` of a module that a plan does not list."""
     if module is None:
         return "absent"
-    return f"lora r={module.rank}" if module.treatment == "lora" else module.treatment
+    ranks = "+".join(map(str, module.options["ranks"])) if module.treatment in ROUTED else module.rank
+    return f"{module.treatment} r={ranks}" if module.rank else module.treatment

@@ -28,7 +28,7 @@ def parse(**changes: object) -> Config:
 def test_defaults_are_resolved():
     config = parse(full={"lr": 2e-6}, lora={"rank": 8})
     assert config.lora_lr == pytest.approx(2e-5)
-    assert config.lora.resolved_alpha == 16
+    assert config.lora.alpha_at(8, False) == 16
 
 
 def test_a_preset_fills_in_what_algo_does_not_say():

@@ -13,7 +13,7 @@ from hybrid_rl.adaptation import apply_plan
 from hybrid_rl.components import read_model
 from hybrid_rl.config import LoraConfig, PlanConfig
 from hybrid_rl.flops import count_flops, peak_tflops
-from hybrid_rl.plan import build_plan
+from hybrid_rl.plan_building import build_plan
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])

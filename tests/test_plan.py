@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hybrid_rl.components import Anatomy, Weight, read_model
 from hybrid_rl.config import BudgetConfig, ConfigError, LoraConfig, PlanConfig
 from hybrid_rl.placement import PLACEMENTS
-from hybrid_rl.plan import AdaptationPlan, build_plan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import build_plan, select_candidates
 from hybrid_rl.plan_difference import compare_plans
 
 
@@ -230,7 +231,7 @@ def test_what_cannot_be_trained_as_asked_is_handled_or_refused():
         "l.0.q8": ("lora", None),
         "l.0.dead": ("frozen", "no gradient reaches it"),
         "l.0.q": ("full", None),
-        "l.0.out": ("frozen", "LoRA cannot serve it: it is bypassed"),
+        "l.0.out": ("frozen", "no adapter can serve it: it is bypassed"),
     }
     tree = json.loads(plan.to_json())
     for i, treatment, message in (

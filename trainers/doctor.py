@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_rl.config import Config
-from hybrid_rl.plan import AdaptationPlan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import configured_plan, select_candidates
 from trainers.gate import VARIANTS, Gate
-from trainers.setup import Task, Workplace, check_task, open_workplace, plan_from
+from trainers.setup import Task, Workplace, check_task, open_workplace
 
 SYNCS = 4
 """Updates sent: the base policy, then ones of a policy moved at random."""
@@ -42,7 +43,7 @@ def doctor_sync(config: Config, console: Console) -> bool:
 def _draft(config: Config, task: Task) -> AdaptationPlan:
     """A plan with both parts, where the settings have both."""
     order = {c.name: float(i) for i, c in enumerate(select_candidates(task.anatomy, config.plan))}
-    return plan_from(task.anatomy, config, order, {"score": "doctor"})
+    return configured_plan(task.anatomy, config, order, {"score": "doctor"})
 
 
 def _syncs(config: Config, task: Task, workplace: Workplace) -> tuple[Table, bool]:

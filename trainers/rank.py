@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from hybrid_rl.config import Config, ConfigError
-from hybrid_rl.plan import AdaptationPlan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.plan_difference import compare_plans
 from hybrid_rl.report import Bar, difference_table, draft_tables, draw_plan, plan_table, totals_table
 from hybrid_rl.scoring import find_score
 from trainers.ranking import make_plan
-from trainers.setup import check_plan, check_task, meta_model, open_workplace, plan_from
+from trainers.setup import check_plan, check_task, meta_model, open_workplace
 
 
 def rank_modules(config: Config, console: Console | None = None) -> AdaptationPlan:
@@ -62,6 +63,6 @@ def rank_dry_run(config: Config, console: Console) -> None:
         budget = config.plan.budget.model_copy(update={"unit": unit})
         settings = config.plan.model_copy(update={"budget": budget, "rest": "lora"})
         as_if = config.model_copy(update={"adaptation": adaptation, "plan": settings})
-        plans[label] = plan_from(anatomy, as_if, {c.name: float(c.params) for c in candidates}, {})
+        plans[label] = configured_plan(anatomy, as_if, {c.name: float(c.params) for c in candidates}, {})
     for table in draft_tables(config, anatomy, candidates, plans, kinds):
         console.print(table)

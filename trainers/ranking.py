@@ -9,11 +9,12 @@ from typing import Any
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
 from hybrid_rl.learner.assemble import assemble
-from hybrid_rl.plan import AdaptationPlan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.scoring import Evidence, Score, ScoreContext, find_score
 from hybrid_rl.types import Prompt, TrainSequence
-from trainers.setup import Task, Workplace, check_engine, plan_from, ranks
+from trainers.setup import Task, Workplace, check_engine, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def make_plan(
         return task.plan
     if not ranks(config):
         _say_unused(config, {"score_rank", "prompts", "probe"}, f"adaptation={config.adaptation}")
-        return plan_from(task.anatomy, config, {}, {})
+        return configured_plan(task.anatomy, config, {}, {})
     score = find_score(config.plan.score)
     context = ScoreContext(config.plan, config.lora.rank, config.seed)
     method: dict[str, Any] = {"score": score.name}
@@ -41,14 +42,14 @@ def make_plan(
     _say_unused(config, {"score_rank", "prompts", "probe"} - used, f"plan.score={score.name}")
     if score.needs == "structure":
         candidates = select_candidates(task.anatomy, config.plan)
-        return plan_from(task.anatomy, config, score([Evidence(w) for w in candidates], context), method)
+        return configured_plan(task.anatomy, config, score([Evidence(w) for w in candidates], context), method)
     assert workplace is not None
     workplace.learner.begin_ranking(score)
     if score.needs != "weights":
         seen = _observe(config, task, workplace, score, progress)
         method |= {"score_rank": config.plan.score_rank, **seen}
     scores, unreached = workplace.learner.finish_ranking()
-    plan = plan_from(task.anatomy, config, scores, method, unreached)
+    plan = configured_plan(task.anatomy, config, scores, method, unreached)
     check_engine(config, plan)
     for m in plan.modules:
         if m.note:

@@ -6,7 +6,7 @@ All checks that need no worker are made before the first one starts, and raise `
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,13 @@ from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import build_prompts, load_rows, load_tokenizer
 from hybrid_rl.learner import LearnerGroup
-from hybrid_rl.plan import AdaptationPlan, build_plan, probe_plan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
 from hybrid_rl.reward import RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.scoring import find_score
+from hybrid_rl.treatments import TREATMENTS
 from hybrid_rl.types import Prompt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import Transport
 from trainers.courier import MeetingCourier
@@ -150,40 +152,12 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
 def _drafts(anatomy: Anatomy, config: Config) -> list[AdaptationPlan]:
     """Plans that between them treat every module in each way that the plan to come, or its probe, may treat it."""
     flat = dict.fromkeys((c.name for c in select_candidates(anatomy, config.plan)), 0.0)
-    drafts = [plan_from(anatomy, config, flat, {})]
-    if (config.plan.rest == "lora" and config.adaptation != "full") or probes(config):
+    drafts = [configured_plan(anatomy, config, flat, {})]
+    if config.adaptation == "hybrid" and config.rest != "frozen":
+        drafts.append(configured_plan(anatomy, config.model_copy(update={"adaptation": config.rest}), {}, {}))
+    if probes(config):
         drafts.append(probe_plan(anatomy, config))
     return drafts
-
-
-def plan_from(
-    anatomy: Anatomy,
-    config: Config,
-    scores: Mapping[str, float],
-    method: Mapping[str, Any],
-    unreached: Collection[str] = (),
-) -> AdaptationPlan:
-    """The plan that the configuration makes of these scores."""
-    ratio = {"hybrid": config.plan.budget.ratio, "lora": 0.0, "full": 1.0}[config.adaptation]
-    settings = config.plan
-    how = {
-        "adaptation": config.adaptation,
-        "placement": settings.placement,
-        "budget": {**settings.budget.model_dump(), "ratio": ratio},
-        "rest": settings.rest,
-    }
-    how |= {name: getattr(settings, name) for name in ("include", "exclude", "also_full") if getattr(settings, name)}
-    return build_plan(
-        anatomy,
-        scores,
-        model=config.model.path,
-        method={**how, **method},
-        seed=config.seed,
-        ratio=ratio,
-        settings=settings,
-        lora=config.lora,
-        unreached=unreached,
-    )
 
 
 @contextmanager
@@ -247,7 +221,7 @@ def probes(config: Config) -> bool:
 def _check_choices(config: Config, anatomy: Anatomy) -> None:
     """Refuse a LoRA rank that no candidate has."""
     widest = max(select_candidates(anatomy, config.plan), key=lambda c: min(c.shape))
-    if config.adaptation != "full" and config.lora.rank > min(widest.shape):
+    if TREATMENTS[config.rest].ranked and config.lora.rank > min(widest.shape):
         raise ConfigError(
             f"lora.rank={config.lora.rank} is more than any candidate has; use at most {min(widest.shape)}"
         )
@@ -257,11 +231,11 @@ def check_engine(config: Config, plan: AdaptationPlan) -> None:
     """Refuse what vLLM cannot be sent; the engines look more closely when they start."""
     if config.rollout.engine != "vllm":
         return
-    rank = max((m.rank or 0 for m in plan.modules), default=0)
+    rank = max((m.sent_rank for m in plan.modules), default=0)
     if rank > LARGEST_ADAPTER_RANK and config.sync.adapter != "merged":
         raise ConfigError(
-            f"lora.rank={rank} is more than rollout.engine=vllm serves ({LARGEST_ADAPTER_RANK}) as an adapter; lower "
-            "it, or use sync.adapter=merged"
+            f"lora.rank={config.lora.rank} makes adapters of rank {rank}, and rollout.engine=vllm serves at most "
+            f"{LARGEST_ADAPTER_RANK}; lower it, or use sync.adapter=merged"
         )
     held = ("attention", "recurrent", "mlp", "norm", "router", "lm_head", "embedding")
     other = [m for m in plan.modules if m.treatment != "frozen" and (m.component not in held or len(m.shape) != 2)]
@@ -376,14 +350,14 @@ def _start_engine(
         dtype=config.model.dtype,
         trust_remote_code=config.model.trust_remote_code,
         max_length=longest + config.sampling.max_completion_length,
-        adapter_rank=max((m.rank or 0 for p in plans for m in p.modules), default=0),
+        adapter_rank=max((m.sent_rank for p in plans for m in p.modules), default=0),
         max_concurrent=config.rollout.max_concurrent,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         seed=config.seed,
         transport=transport,
         adapter=config.sync.adapter,
-        lora_modules=tuple(dict.fromkeys(m.name for p in plans for m in p.named("lora"))),
-        full_names=tuple(dict.fromkeys(parameters[m.name] for p in plans for m in p.named("full"))),
+        lora_modules=tuple(dict.fromkeys(m.name for p in plans for m in p.sent_as("factors"))),
+        full_names=tuple(dict.fromkeys(parameters[m.name] for p in plans for m in p.sent_as("weight"))),
         tensor_parallel=config.rollout.tensor_parallel,
         sleeps=config.cluster.placement == "colocate",
     )

@@ -1,33 +1,26 @@
 """Make a model trainable exactly as its adaptation plan says.
 
-PEFT injects the LoRA layers; the fully fine-tuned matrices are unfrozen in place, without the second copy that PEFT's
-`modules_to_save` keeps. Everything else is frozen.
+PEFT injects the layers with adapters; the fully fine-tuned matrices are unfrozen in place, without the second copy that
+PEFT's `modules_to_save` keeps. Everything else is frozen, and the base model's weights stay what they were.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hybrid_rl.plan import AdaptationPlan, PlannedModule
+from hybrid_rl import module_facts as facts
+from hybrid_rl.adaptation.adapters import Adapter, LowRank
+from hybrid_rl.adaptation.inject import inject
+from hybrid_rl.adaptation.matryoshka import Nesting
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.treatments import ROUTED
 
-_ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """The two factors of one module's update `scaling * B @ A`."""
-
-    a: nn.Parameter
-    """[rank, in]"""
-    b: nn.Parameter
-    """[out, rank]"""
-    scaling: float
+Experts = tuple[tuple[nn.Parameter, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,13 +29,35 @@ class AdaptedModel:
 
     model: nn.Module
     full: dict[str, nn.Parameter]
-    """By full parameter name."""
-    lora: dict[str, LoraPair]
+    """Trained in place, by the parameter's name in the base model."""
+    adapters: dict[str, Adapter]
     """By module name."""
+    experts: dict[str, Experts] = field(default_factory=dict)
+    """Of MoLF, by module name: each expert's parameters, the module's own first where they are one."""
+    merged: frozenset[str] = frozenset()
+    """Modules whose adapter engines get within the whole weight."""
+    sent_rank: int = 0
+    """Rank that the factors sent to engines are padded to."""
 
     @property
-    def lora_parameters(self) -> list[nn.Parameter]:
-        return [parameter for pair in self.lora.values() for parameter in (pair.a, pair.b)]
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self.adapters.values() for p in adapter.parameters.values()]
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter: a weight by its name in the base model, an adapter's by its module's and its own."""
+        beside = {f"{m}.{name}": p for m, a in self.adapters.items() for name, p in a.parameters.items()}
+        return {**self.full, **beside}
+
+    @property
+    def nestings(self) -> list[Nesting]:
+        """Of the Matryoshka layers."""
+        return [a.nesting for a in self.adapters.values() if isinstance(a, LowRank) and a.nesting is not None]
+
+    def use_rank(self, k: int | None) -> None:
+        """From here on every Matryoshka layer is its adapter of rank `k` alone; `None`: as it is trained."""
+        for nesting in self.nestings:
+            nesting.use(k)
 
 
 def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
@@ -51,31 +66,35 @@ def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
     A weight that several modules share gets one adapter, which they share too. Raises `ValueError` if what PEFT wrapped
     is not what the plan lists: a plan's names are full module names, and nothing may be matched by suffix.
     """
-    lora_modules = plan.named("lora")
-    sharers = _sharers(model, [m.name for m in lora_modules])
-    if lora_modules:
-        model = _inject(model, lora_modules, sharers)
-    modules: dict[str, Any] = dict(model.named_modules())
-    wrapped = {name for name, module in modules.items() if isinstance(module, LoraLayer)}
+    full = dict(weight_named(model, m.name) for m in plan.modules if m.trains_weight)
+    sharers = _sharers(model, [m.name for m in plan.adapted])
+    adapters: dict[str, Adapter] = {}
+    by_treatment = sorted(plan.adapted, key=lambda m: m.treatment)
+    for treatment, planned in groupby(by_treatment, key=lambda m: m.treatment):
+        adapters |= inject(model, treatment, list(planned), sharers)
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     wanted = {name for names in sharers.values() for name in names}
     if wrapped != wanted:
         raise ValueError(f"PEFT wrapped other modules than the plan lists: {sorted(wrapped ^ wanted)}")
-    for first, *others in sharers.values():
-        for other in others:
-            modules[other].lora_A, modules[other].lora_B = modules[first].lora_A, modules[first].lora_B
+    _keep_off_shortcuts(model, wanted)
 
     model.requires_grad_(False)
-    full = dict(weight_named(model, m.name) for m in plan.named("full"))
-    lora = {}
-    for planned in lora_modules:
-        layer = modules[planned.name]
-        lora[planned.name] = LoraPair(
-            layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.scaling[_ADAPTER]
-        )
-    adapted = AdaptedModel(model, full, lora)
-    for parameter in [*full.values(), *adapted.lora_parameters]:
+    adapters = {m.name: adapters[m.name] for m in plan.adapted}
+    experts = {m.name: tuple(_experts(m.name, full, adapters[m.name])) for m in plan.adapted if m.treatment in ROUTED}
+    merged = frozenset(m.name for m in plan.adapted if m.sent == "weight")
+    sent_rank = max((m.sent_rank for m in plan.modules), default=0)
+    adapted = AdaptedModel(model, full, adapters, experts, merged, sent_rank)
+    for parameter in adapted.trained.values():
         parameter.requires_grad_(True)
     return adapted
+
+
+def _experts(module: str, full: Mapping[str, nn.Parameter], adapter: Adapter) -> Iterator[tuple[nn.Parameter, ...]]:
+    """MoLF's: the weight with its bias where they are trained, then each pair."""
+    if f"{module}.weight" in full:
+        yield tuple(full[name] for name in (f"{module}.weight", f"{module}.bias") if name in full)
+    assert isinstance(adapter, LowRank)
+    yield from adapter.pairs
 
 
 def weight_named(model: nn.Module, name: str) -> tuple[str, nn.Parameter]:
@@ -87,13 +106,14 @@ def weight_named(model: nn.Module, name: str) -> tuple[str, nn.Parameter]:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take every LoRA layer off again; the base layers were never changed."""
+    """Take every adapter off again; the base layers were never changed."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.base_layer)  # type: ignore[attr-defined]
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    for module in model.modules():
+        if vars(module).pop("train", None) is not None:
+            module.train(model.training)
 
 
 def _sharers(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
@@ -102,19 +122,21 @@ def _sharers(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             holders.setdefault(id(module.weight), []).append(name)
-    modules: dict[str, Any] = dict(model.named_modules())
-    return {n: [n, *(other for other in holders[id(modules[n].weight)] if other != n)] for n in names}
+    weights = {n: id(model.get_parameter(f"{n}.weight")) for n in names}
+    return {n: [n, *(other for other in holders[weights[n]] if other != n)] for n in names}
 
 
-def _inject(model: nn.Module, planned: list[PlannedModule], sharers: dict[str, list[str]]) -> nn.Module:
-    targets = {name: m for m in planned for name in sharers[m.name]}
-    ranks = [m.rank for m in planned]
-    config = LoraConfig(
-        target_modules=list(targets),
-        r=max(set(ranks), key=ranks.count),  # type: ignore[arg-type]
-        lora_alpha=planned[0].alpha,  # type: ignore[arg-type]
-        rank_pattern={f"^{re.escape(name)}": m.rank for name, m in targets.items()},
-        alpha_pattern={f"^{re.escape(name)}": m.alpha for name, m in targets.items()},
-        lora_dropout=0.0,
-    )
-    return inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+def _keep_off_shortcuts(model: nn.Module, wrapped: set[str]) -> None:
+    """Some blocks (Mamba's) have a fused kernel for training that multiplies by a layer's weight itself, past the
+    adapter around it. They stay in evaluation mode, in which they call the layer; no policy here has dropout."""
+    for name in wrapped:
+        owner, _, path = name.rpartition(".")
+        while owner:
+            block = model.get_submodule(owner)
+            if facts.bypasses(type(block), path) == "training":
+                block.train(False)
+                block.train = lambda mode=True, block=block: block  # type: ignore[method-assign]
+            owner, _, attribute = owner.rpartition(".")
+            if attribute.isdigit():
+                break
+            path = f"{attribute}.{path}"

@@ -32,11 +32,11 @@ def parameter_groups(adapted: AdaptedModel, plan: AdaptationPlan) -> list[Parame
     components = {m.name: m.component for m in plan.modules}
     trained: dict[str, Mapping[str, tuple[nn.Parameter, ...]]] = {
         "full": {name: (adapted.full[name],) for name in adapted.full},
-        "lora": {name: (pair.a, pair.b) for name, pair in adapted.lora.items()},
+        "lora": {name: tuple(adapter.parameters.values()) for name, adapter in adapted.adapters.items()},
     }
     groups: dict[tuple[str, str], list[nn.Parameter]] = {}
     for part in PARTS:
         for name, parameters in trained[part].items():
-            component = components.get(name) or components[name.removesuffix(".weight")]
+            component = components.get(name) or components[name.rpartition(".")[0]]
             groups.setdefault((part, component), []).extend(parameters)
     return [ParameterGroup(part, component, tuple(ps)) for (part, component), ps in groups.items()]

@@ -1,7 +1,8 @@
 """DeepSpeed's engine with what reinforcement learning asks of it by group of parameters.
 
 Each part (full, lora) has its own learning rate, decay and clip; gradient and update norms are known by component; a
-gradient that is not finite skips the update; parts of the policy, or all of it, can be taken out for a while.
+gradient that is not finite skips the update; parts of the policy, or all of it, can be taken out for a while. Where
+modules have experts, each update steps the best of them (MoLF).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_rl.adaptation import PARTS, AdaptedModel, ParameterGroup
+from hybrid_rl.adaptation.molf import Fragment, MolfAdamW, Routing
 from hybrid_rl.config import Config
 from hybrid_rl.weight_sync import BaseFiles
 
@@ -36,6 +38,8 @@ class Update:
     """By group, before clipping."""
     update_norms: Mapping[str, float]
     """By group: norm of the change of the fp32 weights."""
+    routing: Routing = field(default_factory=lambda: Routing({}, {}))
+    """Which experts of which modules were stepped, if modules have experts and the update was applied."""
 
 
 class TrainingEngine:
@@ -46,19 +50,24 @@ class TrainingEngine:
     ) -> None:
         """Start DeepSpeed on `policy`, a module around `adapted.model`.
 
-        Raises `RuntimeError` if DeepSpeed dropped a group, or does not hold one as it should.
+        Raises `RuntimeError` if DeepSpeed dropped a group, or does not hold one as it should, or if its own optimizer
+        is to choose among experts.
         """
         self._config, self._adapted, self._groups = config, adapted, list(groups)
         settings = {"full": config.full, "lora": config.lora}
         self._rates = {"full": config.full.lr, "lora": config.lora_lr}
         self._max_norm = {part: settings[part].max_grad_norm for part in PARTS}
+        self._molf = self._molf_adam(settings) if adapted.experts else None
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy,
-            optimizer=self._adam(settings),
+            optimizer=self._molf or self._adam(settings),
             config=_deepspeed_config(config, sum(p.numel() for g in groups for p in g.parameters)),
         )
         self._check(settings)
+        fragments = self._fragments()
+        if self._molf is not None:
+            self._molf.bind(self._masters(), fragments)
         # What the base model holds in the places of the full matrices (LoRA's contribution is switched off instead).
         kept = config.algo.needs_reference
         self._originals = [_held(p).clone() for p in adapted.full.values()] if kept else None
@@ -87,11 +96,19 @@ class TrainingEngine:
                     tensor.view(-1)[:1] = torch.inf
         for group, parameters in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = self._rates[parameters.part] * scale[parameters.part]
+        if finite and self._molf is not None:
+            self._molf.route(self._flat_gradients(), self._total)
         self._engine.step()
         if self._optimizer.overflow is finite:
             raise RuntimeError(f"DeepSpeed judged the gradient otherwise than its norms {grad_norms} say")
-        update_norms = self._norms(self._updates()) if finite else dict.fromkeys(grad_norms, 0.0)
-        return Update(finite, grad_norms, update_norms)
+        if not finite:
+            if self._config.learner.offload != "none" and self._config.learner.zero_stage < 3:
+                # DeepSpeed would add the next gradients to these.
+                self._optimizer.averaged_gradients.clear()
+            return Update(finite, grad_norms, dict.fromkeys(grad_norms, 0.0))
+        if self._molf is not None:
+            return Update(finite, grad_norms, self._roots(self._molf.update_squares()), self._molf.routing)
+        return Update(finite, grad_norms, self._norms(self._updates()))
 
     @contextmanager
     def only(self, parts: Collection[str]) -> Iterator[None]:
@@ -143,11 +160,25 @@ class TrainingEngine:
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
 
+    def _molf_adam(self, settings: Mapping[str, Any]) -> MolfAdamW:
+        learner, molf = self._config.learner, self._config.molf
+        if learner.optimizer != "torch":
+            raise RuntimeError(
+                f"learner.optimizer={learner.optimizer} steps every parameter, but the plan has modules with experts "
+                "(molf), of which some are stepped; use learner.optimizer=torch"
+            )
+        return MolfAdamW(
+            self._optimizer_groups(settings),
+            self._adapted.experts,
+            betas=learner.adam_betas,
+            top_k=molf.top_k,
+            score=molf.score,
+            calibration=molf.calibration,
+            lr_factors=molf.lr_factors,
+        )
+
     def _adam(self, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
-        groups = [
-            {"params": list(g.parameters), "lr": self._rates[g.part], "weight_decay": settings[g.part].weight_decay}
-            for g in self._groups
-        ]
+        groups = self._optimizer_groups(settings)
         options: dict[str, Any] = {"betas": self._config.learner.adam_betas}
         if self._config.learner.optimizer == "torch":
             return torch.optim.AdamW(groups, **options)
@@ -155,6 +186,12 @@ class TrainingEngine:
 
         offloads = self._config.learner.offload != "none"
         return (DeepSpeedCPUAdam if offloads else FusedAdam)(groups, **options)  # type: ignore[return-value]
+
+    def _optimizer_groups(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"params": list(g.parameters), "lr": self._rates[g.part], "weight_decay": settings[g.part].weight_decay}
+            for g in self._groups
+        ]
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         kept = self._optimizer.param_groups
@@ -183,17 +220,85 @@ class TrainingEngine:
 
     def _masters(self) -> list[list[Tensor]]:
         """This rank's share of the fp32 weights that the optimizer steps."""
+        return self._per_group(self._partitions())
+
+    def _partitions(self) -> dict[int, Tensor]:
+        """The same, by group or sub-group."""
         names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
-        partitions = next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
-        return self._per_group(dict(enumerate(partitions)))
+        return dict(enumerate(next(getattr(self._optimizer, n) for n in names if hasattr(self._optimizer, n))))
 
     def _gradients(self) -> list[list[Tensor]]:
         """This rank's share of the averaged gradients: there between `backward` and `step`."""
+        return self._per_group(self._partition_gradients())
+
+    def _partition_gradients(self) -> dict[int, Any]:
+        """The same, by group or sub-group: one tensor or several."""
         if hasattr(self._optimizer, "fp32_groups_gradient_flat_partition"):  # bf16 under ZeRO-1
-            return self._per_group(dict(enumerate(self._optimizer.fp32_groups_gradient_flat_partition)))
+            return dict(enumerate(self._optimizer.fp32_groups_gradient_flat_partition))
         if self._config.learner.offload != "none":
-            return [[m.grad for m in masters if m.grad is not None] for masters in self._masters()]
-        return self._per_group(self._optimizer.averaged_gradients)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # DeepSpeed may still be copying them into CPU memory
+            return {i: master.grad for i, master in self._partitions().items() if master.grad is not None}
+        return self._optimizer.averaged_gradients
+
+    def _flat_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each master with its gradient, as DeepSpeed will give it to the optimizer, one at a time."""
+        found = self._partition_gradients()
+        for i, master in self._partitions().items():
+            parts = [found[i]] if isinstance(found[i], Tensor) else found[i]
+            flat = parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+            yield master, nn.functional.pad(flat, (0, master.numel() - flat.numel()))
+
+    def _fragments(self) -> dict[nn.Parameter, Fragment]:
+        """Where in its masters this rank holds its share of each parameter, by their order and sizes.
+
+        What masters have besides, the padding, is set to 0: ZeRO-3 leaves there whatever memory held, and decay would
+        count in the norms of updates. Raises `RuntimeError` if masters hold other values than the parameters have, or
+        the shares of all ranks are not the whole.
+        """
+        names = {p: name for name, p in self._adapted.model.named_parameters()}
+        parameters = [p for group in self._groups for p in group.parameters]
+        found: dict[nn.Parameter, Fragment] = {}
+        for group, masters in zip(self._groups, self._masters(), strict=True):
+            done = dict.fromkeys(masters, 0)
+            for parameter, fragment, values in self._shares(group, masters):
+                held, stop = fragment.master.detach(), fragment.start + fragment.length
+                if not torch.equal(held[fragment.start : stop].to(values), values):
+                    raise RuntimeError(f"DeepSpeed holds {names[parameter]} elsewhere than at {fragment.start}:{stop}")
+                held[done[fragment.master] : fragment.start] = 0
+                found[parameter], done[fragment.master] = fragment, stop
+            for master, stop in done.items():
+                master.detach()[stop:] = 0
+        held = self._total(torch.tensor([found[p].length if p in found else 0 for p in parameters]))
+        for parameter, size in zip(parameters, held.tolist(), strict=True):
+            if size != math.prod(whole_shape(parameter)):
+                raise RuntimeError(f"DeepSpeed's shares hold {size} elements of {names[parameter]}")
+        return found
+
+    def _shares(
+        self, group: ParameterGroup, masters: Sequence[Tensor]
+    ) -> Iterator[tuple[nn.Parameter, Fragment, Tensor]]:
+        """Of each parameter of which this rank has a share: where that is in the masters, and the values it is of."""
+        rank, index, at = deepspeed.comm.get_rank(), 0, 0
+        if self._config.learner.zero_stage < 3:
+            # The group's parameters follow one another, the row is padded, and each rank has as much of it.
+            at = -rank * masters[0].numel()
+            for parameter in group.parameters:
+                start, stop = max(at, 0), min(at + parameter.numel(), masters[0].numel())
+                if start < stop:
+                    values = parameter.detach().flatten()[start - at : stop - at]
+                    yield parameter, Fragment(masters[0], start, stop - start), values
+                at += parameter.numel()
+            return
+        # Each rank has as much of every parameter, which is padded; a master has some parameters' shares in a row.
+        for parameter in group.parameters:
+            share = _held(parameter).flatten()
+            if at == masters[index].numel() and index + 1 < len(masters):
+                index, at = index + 1, 0
+            length = min(share.numel(), math.prod(whole_shape(parameter)) - rank * share.numel())
+            if length > 0:
+                yield parameter, Fragment(masters[index], at, length), share[:length]
+            at += share.numel()
 
     def _updates(self) -> Iterator[Iterator[Tensor]]:
         """What AdamW has just taken from the fp32 weights, computed from its state a chunk at a time."""
@@ -213,13 +318,21 @@ class TrainingEngine:
 
     def _norms(self, shards: Any) -> dict[str, float]:
         """Norm of each group over all ranks."""
-        device = self._engine.device
         squares = [
             sum((t.float().square().sum().double() for t in s), torch.zeros((), dtype=torch.float64)) for s in shards
         ]
-        total = torch.stack([s.to(device) for s in squares])
-        deepspeed.comm.all_reduce(total)
+        return self._roots(squares)
+
+    def _roots(self, squares: Sequence[Tensor]) -> dict[str, float]:
+        """Norm of each group, from this rank's squared one."""
+        total = self._total(torch.stack([s.to(self._engine.device) for s in squares]))
         return dict(zip((g.name for g in self._groups), total.sqrt().tolist(), strict=True))
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, on the CPU."""
+        values = values.to(self._engine.device)
+        deepspeed.comm.all_reduce(values)
+        return values.cpu()
 
     def _clip(self, norms: Mapping[str, float]) -> None:
         """DeepSpeed would clip by the norm of all parts together, and one's gradient would set the other's step."""

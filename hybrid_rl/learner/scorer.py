@@ -76,7 +76,7 @@ class Scorer:
         """Put the probe's adapter on the model: `plan` gives LoRA to every candidate that can have it."""
         torch.manual_seed(seed)  # LoRA's random A must be the same on every rank
         self.adapted = apply_plan(self._model, plan)
-        self._optimizer = torch.optim.AdamW(self.adapted.lora_parameters, betas=betas, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self.adapted.adapter_parameters, betas=betas, weight_decay=0.0)
         self._max_norm = max_norm
 
     def observe(self, halves: Sequence[Sequence[TrainSequence]], lr: float = 0.0) -> None:
@@ -147,13 +147,13 @@ class Scorer:
 
     def _step(self, lr: float) -> None:
         assert self.adapted is not None
-        parameters = self.adapted.lora_parameters
+        parameters = self.adapted.adapter_parameters
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         together = torch.cat([g.flatten() for g in gradients])  # one message
         self._all_reduce(together)
         for parameter, part in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
-        torch.nn.utils.clip_grad_norm_(self.adapted.lora_parameters, self._max_norm)
+        torch.nn.utils.clip_grad_norm_(self.adapted.adapter_parameters, self._max_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hybrid_rl.adaptation import PARTS, apply_plan, parameter_groups
+from hybrid_rl.adaptation import PARTS, WEIGHTS, apply_plan, parameter_groups, write_weights
 from hybrid_rl.algo import AlgoConfig
 from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
@@ -29,16 +30,17 @@ from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.flops import count_flops, peak_tflops
 from hybrid_rl.learner.assemble import weigh
 from hybrid_rl.learner.batching import collate
-from hybrid_rl.learner.engine import TrainingEngine, whole_shape
+from hybrid_rl.learner.engine import TrainingEngine
 from hybrid_rl.learner.layout import Layout, choose_layout
 from hybrid_rl.learner.logprobs import PolicyModel
 from hybrid_rl.learner.scorer import Scorer
 from hybrid_rl.learner.sequence_parallel import SequenceGroup
 from hybrid_rl.learner.update import PolicyUpdate
-from hybrid_rl.plan import AdaptationPlan, probe_plan, select_candidates
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import probe_plan, select_candidates
 from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
-from hybrid_rl.weight_sync import WEIGHTS, Meeting, Publisher, Transport, digest, lora_factors, open_store
+from hybrid_rl.weight_sync import Meeting, Publisher, Transport, digest, open_store, served_tensors
 
 
 class LearnerWorker:
@@ -53,8 +55,6 @@ class LearnerWorker:
             anchor_every=config.sync.anchor_every,
             sparse=config.sync.encoding == "auto",
         )
-        self._published = False
-        """Whether the publisher holds the policy as it is."""
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the process group at `address:port`, load the base model and find out how it may be computed.
@@ -210,7 +210,6 @@ class LearnerWorker:
 
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
-        self._published = False
         return self._update.train(batch)
 
     def divergences(self, sequences: Sequence[TrainSequence]) -> list[float]:
@@ -224,13 +223,11 @@ class LearnerWorker:
     def export(self, version: int, parts: Collection[str] = PARTS) -> WeightUpdate | None:
         """Publish the policy with these `PARTS` alone. Returns the update on rank 0, `None` on the others."""
         with self._engine.only(parts) if self._built else nullcontext():
-            tensors = self._tensors(parts)
+            tensors = served_tensors(self._adapted, parts, self._gathered)
             if self._rank != 0:
                 deque(tensors, maxlen=0)
                 return None
-            update = self._publisher.publish(tensors, version, self._adapter_rank)
-        self._published = set(parts) == set(PARTS)
-        return update
+            return self._publisher.publish(tensors, version, self._adapted.sent_rank)
 
     def join(self, meeting: Meeting) -> None:
         """Meet the engines, for transports that send."""
@@ -244,24 +241,21 @@ class LearnerWorker:
 
     def perturb(self, seed: int, scale: float) -> None:
         """Move every trained weight by `scale` times normal noise, as if it had been trained."""
-        self._published = False
         self._engine.perturb(seed, scale)
 
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer and the trained weights under `directory`; rank 0 also writes the
-        trained tensors alone, as exported last (`WEIGHTS`).
-
-        Raises `RuntimeError` if they have changed since.
-        """
-        if self._rank == 0 and not self._published:
-            raise RuntimeError("the policy was not exported since it changed; export it, then save")
+        trained weights alone (`WEIGHTS`)."""
         self._engine.save(directory)
+        trained = self._adapted.trained.items()
+        masters = ((name, cast(Tensor, safe_get_full_fp32_param(p))) for name, p in trained)
         if self._rank == 0:
-            self._publisher.save(Path(directory) / WEIGHTS)
+            write_weights(masters, Path(directory) / WEIGHTS)
+        else:
+            deque(masters, maxlen=0)
 
     def load(self, directory: str) -> None:
         """Read back what `save` wrote, with the same number of ranks and ZeRO stage."""
-        self._published = False
         self._engine.load(directory)
 
     @property
@@ -271,23 +265,9 @@ class LearnerWorker:
     def _gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
         return self._engine.gathered(*parameters) if self._built else nullcontext()
 
-    @property
-    def _adapter_rank(self) -> int:
-        return max((whole_shape(pair.a)[0] for pair in self._adapted.lora.values()), default=0)
-
-    def _tensors(self, parts: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Every trained tensor by its name in updates. One module is whole at a time, until the next is asked for."""
-        rank = self._adapter_rank
-        for name, parameter in self._adapted.full.items():
-            with self._gathered(parameter):
-                yield name, parameter
-        for module, pair in self._adapted.lora.items():
-            with self._gathered(pair.a, pair.b):
-                scaling = pair.scaling if "lora" in parts else 0.0
-                yield from lora_factors({module: (pair.a, pair.b, scaling)}, rank).items()
-
     def _digests(self) -> Mapping[str, str]:
-        return {name: digest(tensor.to(self._dtype)) for name, tensor in self._tensors(PARTS)}
+        tensors = served_tensors(self._adapted, gathered=self._gathered)
+        return {name: digest(tensor.to(self._dtype)) for name, tensor in tensors}
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -258,9 +258,10 @@ class _Layout:
         plan = AdaptationPlan(self._settings.model_path, "", {}, self._settings.seed, tuple(planned))
         adapted = apply_plan(self._model, plan)
         slots = {}
-        for module, pair in adapted.lora.items():
-            pair.a.data.zero_()
-            slots[module] = ([Piece(pair.a)], [Piece(pair.b)])
+        for module, adapter in adapted.adapters.items():
+            a, b = adapter.parameters.values()
+            a.data.zero_()
+            slots[module] = ([Piece(a)], [Piece(b)])
         return slots
 
     def whole(self, pieces: Sequence[Piece]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from hybrid_rl.weight_sync.base import BaseFiles
 from hybrid_rl.weight_sync.codec import Record, digest, encode_tensor, lora_factors, lora_names, pack, unpack
-from hybrid_rl.weight_sync.publish import WEIGHTS, Publisher
+from hybrid_rl.weight_sync.publish import Publisher
 from hybrid_rl.weight_sync.receipts import SyncMismatch, verify_receipts
+from hybrid_rl.weight_sync.serve import served_tensors
 from hybrid_rl.weight_sync.transport import (
     Collective,
     Directory,
@@ -16,7 +17,6 @@ from hybrid_rl.weight_sync.transport import (
 )
 
 __all__ = [
-    "WEIGHTS",
     "BaseFiles",
     "Collective",
     "Directory",
@@ -34,6 +34,7 @@ __all__ = [
     "lora_names",
     "open_store",
     "pack",
+    "served_tensors",
     "unpack",
     "verify_receipts",
 ]

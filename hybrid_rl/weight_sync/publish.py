@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from hybrid_rl.types import Bucket, WeightUpdate
 from hybrid_rl.weight_sync.codec import Parts, digest, encode_tensor, pack, size
 from hybrid_rl.weight_sync.transport import Transport, contents, digest_bytes
 
-WEIGHTS = "weights.safetensors"
-"""Name of a file with every trained tensor as the engines hold it."""
 _FLOAT32 = 4
 """Bytes of an element."""
 _PATIENCE = 16
@@ -29,7 +25,7 @@ class Publisher:
     """Publishes one version after another; each is the difference to the one before, or an anchor.
 
     What engines hold of the trained tensors is kept in CPU memory, in their precision: it is what a difference is taken
-    to, and what a checkpoint holds.
+    to.
     """
 
     def __init__(
@@ -69,10 +65,6 @@ class Publisher:
         except BaseException:
             self._drop(buckets)
             raise
-
-    def save(self, path: Path) -> None:
-        """Write what the last update brought the engines to, as a safetensors file."""
-        safetensors.torch.save_file(self._held, path)
 
     def _publish(
         self, tensors: Iterable[tuple[str, Tensor]], version: int, adapter_rank: int, buckets: list[Bucket]

@@ -43,7 +43,10 @@ def test_exactly_the_planned_parameters_train(model: torch.nn.Module):
     lora = {f"{m}.lora_{f}.default.weight" for m in (K, UP) for f in "AB"}
     assert trained == {f"{Q}.weight", f"{UP1}.weight"} | lora
     assert set(adapted.full) == {f"{Q}.weight", f"{UP1}.weight"}
-    assert {m: (p.a.shape[0], p.scaling) for m, p in adapted.lora.items()} == {K: (2, 3.0), UP: (5, 1.0)}
+    assert {m: (p.a.shape[0], p.scaling) for m, a in adapted.adapters.items() for p in a.factors()} == {
+        K: (2, 3.0),
+        UP: (5, 1.0),
+    }
     after = {name.replace(".base_layer", ""): p for name, p in adapted.model.state_dict().items()}
     assert all(torch.equal(after[name], p) for name, p in before.items()), "applying a plan changes no weight"
 
@@ -60,7 +63,7 @@ def test_adapters_come_off_without_a_trace(model: torch.nn.Module):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     adapted = apply_plan(model, plan_of(model, {c.name: ("lora", 2, 4.0) for c in read_model(model).candidates}))
     with torch.no_grad():
-        for parameter in adapted.lora_parameters:
+        for parameter in adapted.adapter_parameters:
             parameter.normal_()
     remove_adapters(model)
     after = model.state_dict()
@@ -86,7 +89,7 @@ def test_a_shared_weight_has_one_adapter():
     ids = torch.arange(4, 10)[None]
     base = network(input_ids=ids, use_cache=False).logits.clone()
     adapted = apply_plan(network, plan_of(network, {shared.name: ("lora", 2, 4.0)}))
-    pair = adapted.lora[shared.name]
+    [pair] = adapted.adapters[shared.name].factors()
     torch.manual_seed(0)
     with torch.no_grad():
         pair.a.normal_()

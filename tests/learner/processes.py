@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.components import read_model
 from hybrid_rl.config import LoraConfig, PlanConfig
-from hybrid_rl.plan import AdaptationPlan, build_plan
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_building import build_plan
 from hybrid_rl.types import TrainSequence
 
 

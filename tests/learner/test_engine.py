@@ -50,9 +50,10 @@ def _batch(tree: dict, seed: int = 0) -> TrainBatch:
 
 
 def _trained(worker: Any) -> dict[str, torch.Tensor]:
-    with worker._engine.gathered(*worker._adapted.full.values(), *worker._adapted.lora_parameters):
+    with worker._engine.gathered(*worker._adapted.full.values(), *worker._adapted.adapter_parameters):
         trained = {name: p.detach().clone() for name, p in worker._adapted.full.items()}
-        for name, pair in worker._adapted.lora.items():
+        for name, adapter in worker._adapted.adapters.items():
+            [pair] = adapter.factors()
             trained |= {f"{name}.A": pair.a.detach().clone(), f"{name}.B": pair.b.detach().clone()}
     return trained
 

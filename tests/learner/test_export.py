@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
-from hybrid_rl.weight_sync import WEIGHTS, digest, lora_names
+from hybrid_rl.weight_sync import digest, lora_names
 from tests.held import receive
 from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
 
@@ -38,10 +39,11 @@ def _tree(model: Path, stage: int, world: int, dtype: str) -> dict:
 
 def _gathered(worker: Any) -> dict[str, Tensor]:
     """What the ranks hold together, in the engines' type."""
-    everything = [*worker._adapted.full.values(), *worker._adapted.lora_parameters]
+    everything = [*worker._adapted.full.values(), *worker._adapted.adapter_parameters]
     with worker._engine.gathered(*everything):
         tensors = {name: p.detach().clone() for name, p in worker._adapted.full.items()}
-        for module, pair in worker._adapted.lora.items():
+        for module, adapter in worker._adapted.adapters.items():
+            [pair] = adapter.factors()
             name_a, name_b = lora_names(module)
             tensors |= {name_a: pair.a.detach().clone(), name_b: pair.b.detach().float() * pair.scaling}
     return {name: t.to(worker._dtype) for name, t in tensors.items()}
@@ -100,7 +102,13 @@ def _ranks(rank: int, port: int, tree: dict, plan: str, directory: str) -> None:
     worker.save(directory)
     if rank == 0:
         saved = safetensors.torch.load_file(Path(directory) / WEIGHTS)
-        assert all(torch.equal(saved[name], t) for name, t in trained.items())
+        assert all(t.dtype == torch.float32 for t in saved.values())
+        stems = {name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): name for name in trained}
+        stems |= {name: name for name in trained if "lora" not in name}
+        assert saved.keys() == worker._adapted.trained.keys()
+        for name, tensor in saved.items():
+            if "lora_B" not in name:  # which is sent scaled
+                assert torch.equal(tensor.to(worker._dtype), trained[stems[name]]), name
 
     # Parts alone: the model's own files in place of the full matrices, zeros in place of B.
     base = AutoModelForCausalLM.from_pretrained(tree["model"]["path"], dtype=worker._dtype).state_dict()
@@ -133,7 +141,7 @@ def _ranks(rank: int, port: int, tree: dict, plan: str, directory: str) -> None:
 
 
 def _at_most_a_module_is_whole(worker: Any) -> None:
-    everything = [*worker._adapted.full.values(), *worker._adapted.lora_parameters]
+    everything = [*worker._adapted.full.values(), *worker._adapted.adapter_parameters]
     most = 0
     for _ in worker._tensors(PARTS):
         most = max(most, sum(p.ds_status.name == "AVAILABLE" for p in everything))

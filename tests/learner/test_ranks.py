@@ -85,7 +85,7 @@ def reference(
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = apply_plan(network, plan)
-    groups = [list(adapted.full.values()), adapted.lora_parameters]
+    groups = [list(adapted.full.values()), adapted.adapter_parameters]
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "lr": FULL_LR}, {"params": groups[1], "lr": LORA_LR}],
         weight_decay=0.0,
@@ -120,7 +120,8 @@ def reference(
             step_losses.append(loss.item())
         losses.append(sum(step_losses) / len(step_losses))
     trained = {name: p.detach() for name, p in adapted.full.items()}
-    for name, pair in adapted.lora.items():
+    for name, adapter in adapted.adapters.items():
+        [pair] = adapter.factors()
         name_a, name_b = lora_names(name)
         trained |= {name_a: pair.a.detach(), name_b: pair.b.detach() * pair.scaling}
     return losses, trained

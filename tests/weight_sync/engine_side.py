@@ -21,7 +21,7 @@ from hybrid_rl.config import Config
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.rollout import EngineSettings, RolloutEngine
 from hybrid_rl.types import Bucket, Completion, WeightUpdate
-from hybrid_rl.weight_sync import Publisher, Transport, lora_factors, lora_names
+from hybrid_rl.weight_sync import Publisher, Transport, lora_names, served_tensors
 
 RANK = 4
 
@@ -74,7 +74,7 @@ class Learner:
 
     @property
     def lora_modules(self) -> tuple[str, ...]:
-        return tuple(self.adapted.lora)
+        return tuple(self.adapted.adapters)
 
     @property
     def full_names(self) -> tuple[str, ...]:
@@ -84,13 +84,12 @@ class Learner:
     def move(self, seed: int, share: float = 1.0, scale: float = 0.1) -> None:
         """Change a `share` of the elements of everything that is trained."""
         torch.manual_seed(seed)
-        for parameter in [*self.adapted.full.values(), *self.adapted.lora_parameters]:
+        for parameter in [*self.adapted.full.values(), *self.adapted.adapter_parameters]:
             moved = torch.rand_like(parameter, dtype=torch.float32) < share
             parameter.add_(scale * torch.randn_like(parameter) * moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        lora = {name: (pair.a, pair.b, pair.scaling) for name, pair in self.adapted.lora.items()}
-        return {**self.adapted.full, **lora_factors(lora, self.rank)}
+        return dict(served_tensors(self.adapted))
 
     def publish(self) -> WeightUpdate:
         self.version += 1
@@ -107,7 +106,7 @@ class Learner:
         tensors = {name: t.detach().to(self.dtype) for name, t in self.tensors().items()}
         modules: dict[str, Any] = dict(self.adapted.model.named_modules())
         found = {name: tensors[name] for name in self.adapted.full}
-        for module in self.adapted.lora:
+        for module in self.adapted.adapters:
             a, b = (tensors[n].float() for n in lora_names(module))
             base = modules[module].base_layer.weight
             found[f"{module}.weight"] = torch.addmm(base.float(), b, a).to(self.dtype)

@@ -1,0 +1,87 @@
+"""MatryoshkaLoRA (arXiv 2605.07850) and DyLoRA (arXiv 2210.07558): one LoRA pair, of which any first ranks are one too.
+
+y = W x + B P A x with a diagonal P. An adapter of rank k alone has P = s_k on its first k ranks; MatryoshkaLoRA trains
+the sum of the adapters of all ranks in a set, which is one pair again, with P_ii the sum of s_k over the k >= i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+_SCALES = {"none": lambda k: 1.0, "rank": lambda k: 1.0 / k, "sqrt": lambda k: k**-0.5}
+
+
+def rank_scale(k: int, scaling: str) -> float:
+    """s_k: how many times an adapter of rank `k` counts; `scaling` is `none` (1), `rank` (1 / k) or `sqrt`."""
+    return _SCALES[scaling](k)
+
+
+def single_p(rank: int, k: int, scaling: str) -> Tensor:
+    """P [rank] of the adapter of rank `k` alone."""
+    return rank_scale(k, scaling) * (torch.arange(1, rank + 1) <= k).float()
+
+
+def nested_p(ranks: Sequence[int], scaling: str) -> Tensor:
+    """P [largest of `ranks`] of the sum of the adapters of all `ranks`."""
+    return torch.stack([single_p(max(ranks), k, scaling) for k in ranks]).double().sum(0).float()
+
+
+class Nesting:
+    """One layer's P, now and as trained."""
+
+    def __init__(self, ranks: Sequence[int], scaling: str, loss: str) -> None:
+        """`loss`: what is trained, as in `MatryoshkaConfig`."""
+        self.ranks, self.scaling, self.loss = tuple(ranks), scaling, loss
+        self.rank = max(ranks)
+        self.p = nested_p(ranks, scaling) if loss == "sum" else single_p(self.rank, self.rank, scaling)
+        """Of the forward pass, and of what engines are sent."""
+        self._trained = self.p
+
+    def use(self, k: int | None) -> None:
+        """From here on the layer is the adapter of rank `k` (its largest, if that is smaller) alone; `None`: as it is
+        trained."""
+        self.p = self._trained if k is None else single_p(self.rank, min(k, self.rank), self.scaling)
+
+
+class NestedLora(LoraVariant):
+    """PEFT's LoRA layer with P between the factors; the layer holds its `Nesting` as `hybrid_nesting`."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, config: Any, **_: Any) -> None:
+        """Nothing to make: the layer's `Nesting` is set where the plan is applied."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        inner = a(module.lora_dropout[active_adapter](x))
+        p = module.hybrid_nesting.p.to(inner)
+        return result + b(inner * p) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + _difference(module, active_adapter).to(orig_weight)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += _difference(module, active_adapter).to(orig_weight)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - _difference(module, active_adapter).to(orig_weight)
+
+
+def _difference(module: Any, name: str) -> Tensor:
+    a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+    return (b * module.hybrid_nesting.p.to(b)) @ a * module.scaling[name]
+
+
+def paper_init(a: nn.Parameter) -> None:
+    """Start A [rank, in] as the paper's code does, which initialises [in, rank] and so takes the rank for the number of
+    inputs: uniform within 1 / sqrt(rank)."""
+    bound = a.shape[0] ** -0.5
+    nn.init.uniform_(a, -bound, bound)

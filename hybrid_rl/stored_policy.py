@@ -1,0 +1,26 @@
+"""A policy without a learner: the base model with a plan applied and trained weights from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybrid_rl.adaptation import AdaptedModel, apply_plan, read_weights
+from hybrid_rl.config import ModelConfig
+from hybrid_rl.plan import AdaptationPlan
+
+
+def load_policy(model: ModelConfig, plan: AdaptationPlan, weights: Path) -> AdaptedModel:
+    """The policy in fp32 on the CPU.
+
+    Raises `ValueError` if `weights` (`adaptation.WEIGHTS`) is not of this plan.
+    """
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+    )
+    adapted = apply_plan(base.eval(), plan)
+    read_weights(adapted, weights)
+    return adapted
