@@ -204,7 +204,7 @@ def trl_side(config: Config, equal: bool) -> Step:
         report_to="none",
     )
     lora = LoraConfig(
-        r=config.lora.rank, lora_alpha=int(config.lora.alpha_at(config.lora.rank, False)), target_modules="all-linear"
+        r=config.lora.rank, lora_alpha=int(config.lora.alpha_at(config.lora.rank)), target_modules="all-linear"
     )
     trainer = GRPOTrainer(
         model=config.model.path,

@@ -209,7 +209,7 @@ def train_trl(config: Config, out: Path) -> None:
         train_dataset=Dataset.from_list([{"prompt": p.text, "answer": p.columns["answer"]} for p in drawn]),
         peft_config=LoraConfig(
             r=config.lora.rank,
-            lora_alpha=int(config.lora.alpha_at(config.lora.rank, False)),
+            lora_alpha=int(config.lora.alpha_at(config.lora.rank)),
             target_modules="all-linear",
         ),
         callbacks=[Clock()],

@@ -32,6 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="check parts of a run on their own")
     checks = doctor.add_subparsers(dest="check", required=True, metavar="CHECK")
     _command(checks, "sync", "send weights to engines and compare what these compute with the learner", _doctor_sync)
+    evaluation = _command(commands, "eval", "evaluate a policy on the held-out problems", _eval)
+    policy = evaluation.add_mutually_exclusive_group()
+    policy.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or a run for its last; else the base model")
+    policy.add_argument("--export", metavar="DIR", help="an exported policy")
+    evaluation.add_argument("--ranks", metavar="1,2,4", help="also at these ranks of its Matryoshka layers")
+    evaluation.add_argument("--out", metavar="DIR", help="where results go; of ranks, beside the policy by default")
+    evaluation.add_argument("--json", action="store_true", help="print the results as one object, on the last line")
+    export = _command(commands, "export", "write a run's policy for others to load", _export, "RUN")
+    export.add_argument("--to", required=True, metavar="FORMAT", help="peft, merged or delta")
+    export.add_argument("--out", required=True, metavar="DIR", help="where it goes; a directory that is not there yet")
+    export.add_argument("--rank", type=int, metavar="K", help="its Matryoshka adapters' first K ranks alone")
+    export.add_argument("--checkpoint", metavar="STEPDIR", help="which checkpoint; the last by default")
+    continued = _command(commands, "import", "train on from an export or a PEFT adapter", _import, "DIR")
+    continued.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of settings")
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments only in one run; settings may also follow an option.
@@ -40,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return options.run(load_config(options.config, options.overrides), options)
+        return options.run(_settings(options), options)
     except ConfigError as error:
         print(f"hybrid-rl {options.command}: {error}", file=sys.stderr)
         return 2
@@ -49,14 +63,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _command(commands: argparse._SubParsersAction, name: str, summary: str, run: object) -> argparse.ArgumentParser:
+_SUBJECTS = {
+    "CONFIG": ("config", "YAML file of settings"),
+    "RUN": ("directory", "directory of a run"),
+    "DIR": ("directory", "directory of an export, or of a PEFT adapter made elsewhere"),
+}
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, summary: str, run: object, subject: str = "CONFIG"
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of settings")
+    what, meaning = _SUBJECTS[subject]
+    parser.add_argument(what, metavar=subject, help=meaning)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the file's; dots are nesting"
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    """What a command works with: of `export` the run's settings, of `import` those that continue the export."""
+    if options.command == "export":
+        return load_config(Path(options.directory) / "config.yaml", options.overrides)
+    continuing: list[str] = []
+    if options.command == "import":
+        from hybrid_rl.export import starting_from
+
+        continuing = starting_from(Path(options.directory))
+    return load_config(options.config, [*continuing, *options.overrides])
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
@@ -101,6 +137,53 @@ def _doctor_sync(config: Config, options: argparse.Namespace) -> int:
     from trainers.doctor import doctor_sync
 
     return 0 if doctor_sync(config, Console(soft_wrap=True)) else 1
+
+
+def _eval(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.evaluation import eval_command
+
+    checkpoint, export, out = (Path(d) if d else None for d in (options.checkpoint, options.export, options.out))
+    eval_command(
+        config,
+        Console(soft_wrap=True),
+        checkpoint=checkpoint,
+        export=export,
+        ranks=options.ranks,
+        out=out,
+        as_json=options.json,
+    )
+    return 0
+
+
+def _export(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hybrid_rl.export import export_run
+    from hybrid_rl.report import rounding_table
+
+    checkpoint = Path(options.checkpoint) if options.checkpoint else None
+    run, out = Path(options.directory), Path(options.out)
+    export = export_run(run, options.to, out, options.rank, checkpoint=checkpoint, overrides=options.overrides)
+    manifest, console = export.manifest, Console(soft_wrap=True)
+    rounding = manifest.get("rounding", {})
+    if any(r["max_error"] for r in rounding.values()):
+        console.print(rounding_table(rounding))
+    if (probe := manifest.get("probe")) is not None:
+        apart, size = probe["max_logit_difference"], probe["max_logit"]
+        print(f"reloaded    its logits are at most {apart:.2g} from the policy's, of up to {size:.2g}")
+    print(f"exported    {out}, {export.format}, step {manifest['step']}\nmodel card  {out / 'README.md'}")
+    return 0
+
+
+def _import(config: Config, options: argparse.Namespace) -> int:
+    from trainers.grpo import train
+
+    replaced = "model" if config.plan.start is None else "plan and values, in place of adaptation and plan.*"
+    print(f"training goes on from {options.directory}: its {replaced}, with a new optimizer")
+    train(config, name=Path(options.config).stem)
+    return 0
 
 
 def _warm_start(config: Config, options: argparse.Namespace) -> int:

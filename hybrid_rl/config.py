@@ -20,6 +20,7 @@ from hybrid_rl.treatments import (
     ADAPTERS,
     ROUTED,
     TREATMENTS,
+    AdaloraConfig,
     FullConfig,
     LoraConfig,
     MatryoshkaConfig,
@@ -115,6 +116,9 @@ class ProbeConfig(Settings):
 class PlanConfig(Settings):
     path: str | None = None
     """Use this plan file instead of ranking."""
+    start: str | None = None
+    """Go on from this export (`delta` or `peft`) or PEFT directory of LoRA: train by its plan, from its values. What a
+    KL penalty refers to stays `model.path`."""
     score: str = "update_tail_split"
     """How modules are ranked: a name of `hybrid_rl/scoring`, or your own as `module:function`."""
     score_rank: PositiveInt = 2
@@ -138,6 +142,11 @@ class PlanConfig(Settings):
     """Pattern of module or parameter names -> component, where the model's structure cannot be read or is misread."""
     rest: Literal[(*ADAPTERS, "frozen")] = "lora"  # type: ignore[valid-type]
     """Treatment of the candidates outside the budget."""
+
+    @property
+    def given(self) -> str | None:
+        """The setting that gives a finished plan, with its value; `None` where one is made."""
+        return next((f"plan.{n}={getattr(self, n)!r}" for n in ("path", "start") if getattr(self, n) is not None), None)
 
     @field_validator("placement")
     @classmethod
@@ -363,6 +372,7 @@ class Config(Settings):
     lora: LoraConfig = LoraConfig()
     molf: MolfConfig = MolfConfig()
     matryoshka: MatryoshkaConfig = MatryoshkaConfig()
+    adalora: AdaloraConfig = AdaloraConfig()
     learner: LearnerConfig = LearnerConfig()
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
@@ -405,7 +415,9 @@ class Config(Settings):
     @property
     def lora_lr(self) -> float:
         """LoRA learning rate with its default resolved."""
-        return 10 * self.full.lr if self.lora.lr is None else self.lora.lr
+        # MoLF compares experts by their rates too: with ten times the weight's, a LoRA expert always wins.
+        default = self.full.lr if self.rest == "molf" else 10 * self.full.lr
+        return default if self.lora.lr is None else self.lora.lr
 
     @property
     def probe_lr(self) -> float:
@@ -416,6 +428,11 @@ class Config(Settings):
     def probe_steps(self) -> int:
         """The ranking probe's rollout batches with their default resolved."""
         return max(8, round(0.08 * self.steps)) if self.plan.probe.steps is None else self.plan.probe.steps
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the run."""
+        return self.steps * self.batch.mini_batches * self.batch.epochs
 
     @property
     def completions_per_step(self) -> int:
@@ -467,18 +484,30 @@ class Config(Settings):
 
     def _check_treatments(self) -> None:
         """Refuse settings of treatments that are not used. A finished plan may use any."""
-        used = {self.rest} if self.plan.path is None else set(TREATMENTS)
-        for section, treatments in (("molf", set(ROUTED)), ("matryoshka", {"matryoshka"}), ("lora", set(ADAPTERS))):
+        used = {self.rest} if self.plan.given is None else set(TREATMENTS)
+        for section, treatments in (("molf", set(ROUTED)), *((n, {n}) for n in ("matryoshka", "adalora"))):
             settings = getattr(self, section)
-            changed = [name for name in type(settings).model_fields if name in settings.model_fields_set]
-            changed = [name for name in changed if getattr(settings, name) != getattr(type(settings)(), name)]
-            probed = section == "lora" and self.adaptation == "hybrid"  # of the ranking's probe
-            if changed and not used & treatments and not probed:
+            default = type(settings)()
+            changed = [
+                name for name in type(settings).model_fields if getattr(settings, name) != getattr(default, name)
+            ]
+            if changed and not used & treatments:
                 raise ValueError(
                     f"{section}.{changed[0]} does nothing with adaptation={self.adaptation}"
                     + (f" and plan.rest={self.plan.rest}" if self.adaptation == "hybrid" else "")
                     + "; drop it"
                 )
+        if self.adalora.init_rank is not None and self.adalora.init_rank <= self.lora.rank:
+            raise ValueError(
+                f"adalora.init_rank={self.adalora.init_rank} leaves nothing to take away down to lora.rank="
+                f"{self.lora.rank}; raise one or lower the other"
+            )
+        if self.rest == "adalora" and self.plan.given is None:
+            self.adalora.phases(self.updates)
+        if used & set(ROUTED) and self.plan.given is None and self.learner.optimizer == "deepspeed":
+            raise ValueError(
+                f"learner.optimizer=deepspeed steps every expert of {self.rest}; use learner.optimizer=torch"
+            )
         if self.adaptation in ROUTED:
             experts = len(self.molf.ranks or ([1, 4] if self.adaptation == "molf_efficient" else [1]))
             experts += TREATMENTS[self.adaptation].trains_weight
@@ -548,11 +577,11 @@ class Config(Settings):
     def _check_plan(self) -> None:
         """Refuse settings that another one would silently override."""
         changed = {name for name in PlanConfig.model_fields if getattr(self.plan, name) != getattr(PlanConfig(), name)}
-        if self.plan.path is not None and self.adaptation != "hybrid":
-            raise ValueError(
-                f"adaptation={self.adaptation} makes its own plan, but plan.path={self.plan.path!r} is given; "
-                "drop one of them"
-            )
+        given = self.plan.given
+        if self.plan.path is not None and self.plan.start is not None:
+            raise ValueError(f"{given} and plan.start={self.plan.start!r} both give a plan; drop one of them")
+        if given is not None and self.adaptation != "hybrid":
+            raise ValueError(f"adaptation={self.adaptation} makes its own plan, but {given} is given; drop one of them")
         ranking = changed & {"budget", "score", "manual"}
         making = ranking | (changed & {"placement", "include", "exclude", "also_full", "rest"})
         if (self.plan.score == "manual") != bool(self.plan.manual):
@@ -560,13 +589,10 @@ class Config(Settings):
                 f"plan.score={self.plan.score} with plan.manual={self.plan.manual}; give neither, or both, as in "
                 "plan.score=manual 'plan.manual={\"*.q_proj\": 1.0}'"
             )
-        if self.batch.prompts < 2 and self.adaptation == "hybrid" and self.plan.path is None:
+        if self.batch.prompts < 2 and self.adaptation == "hybrid" and given is None:
             raise ValueError("batch.prompts=1 leaves one of the ranking's two halves empty; use at least 2")
-        if self.plan.path is not None and making:
-            raise ValueError(
-                f"plan.path={self.plan.path!r} gives a finished plan, which plan.{min(making)} cannot change; "
-                "drop one of them"
-            )
+        if given is not None and making:
+            raise ValueError(f"{given} gives a finished plan, which plan.{min(making)} cannot change; drop one of them")
         idle = ranking - {"budget"} if self.adaptation == "lora_matched" else ranking | (changed & {"rest"})
         if self.adaptation != "hybrid" and idle:
             raise ValueError(

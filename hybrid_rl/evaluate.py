@@ -1,8 +1,10 @@
-"""Held-out evaluation: greedy accuracy and the mean over k samples."""
+"""Held-out evaluation: greedy accuracy, the mean over k samples, and the area under accuracies by rank."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hybrid_rl.config import Config
 from hybrid_rl.reward import RewardPool
@@ -27,6 +29,18 @@ def evaluate(episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt],
         metrics["eval/mean_at_k"] = _mean([s or 0.0 for s in sampled])
         metrics["eval/unscored"] += float(sum(s is None for s in sampled))
     return metrics
+
+
+def aurac(ranks: Sequence[int], accuracies: Sequence[float], *, log: bool) -> float:
+    """Area under the rank-accuracy curve of MatryoshkaLoRA (arXiv 2605.07850), by the trapezoid rule and divided by its
+    width: a mean of the accuracies over the ranks or, with `log`, over their logarithms, so that every doubling counts
+    alike. `ranks` rise; one has its own accuracy."""
+    if len(ranks) == 1:
+        return accuracies[0]
+    places = [math.log2(r) if log else float(r) for r in ranks]
+    points = zip(places, accuracies, strict=True)
+    area = sum((x2 - x1) * (a1 + a2) / 2 for (x1, a1), (x2, a2) in pairwise(points))
+    return area / (places[-1] - places[0])
 
 
 def _answer(

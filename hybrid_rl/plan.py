@@ -46,7 +46,8 @@ class PlannedModule:
     """Why the treatment is not the one that the settings ask for."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else the treatment needs. MoLF: `ranks` of the LoRA experts, `rank_stabilised`. Matryoshka: the nested
-    `ranks`, `scaling`, `init`, `loss`. IA3: whether it `scales` the layer's `input` or `output`."""
+    `ranks`, `scaling`, `init`, `loss`. AdaLoRA: the `target` that ranks come down to on average. IA3: whether it
+    `scales` the layer's `input` or `output`."""
 
     @property
     def trains_weight(self) -> bool:
@@ -181,6 +182,18 @@ class AdaptationPlan:
                 "the plan trains nothing; raise plan.budget.ratio or set plan.rest=lora, or in a finished plan treat "
                 "some module as full or lora"
             )
+        adalora = self.named("adalora")
+        if adalora and sum(m.rank or 0 for m in adalora) == sum(m.options["target"] for m in adalora):
+            raise ConfigError(
+                f"the plan's {len(adalora)} adalora modules keep all the ranks that they start with, so that there is "
+                "nothing to allocate; give them larger ranks or smaller targets (lora.rank), or use lora"
+            )
+        losses = sorted({m.options["loss"] for m in self.named("matryoshka")})
+        if len(losses) > 1:
+            raise ConfigError(
+                f"the plan trains some matryoshka modules with loss={losses[0]} and others with {losses[1]}, but an "
+                "update has one; use the same for all"
+            )
 
     def _check_same_model(self, weights: Mapping[str, Weight], anatomy: Anatomy) -> None:
         absent = [m.name for m in self.modules if m.name not in weights]
@@ -255,6 +268,7 @@ def _check_options(m: PlannedModule, treats: str) -> None:
             "init": ("paper", "peft"),
             "loss": ("sum", "per_rank", "sampled", "largest"),
         },
+        "adalora": {"target": None},
         "ia3": {"scales": ("input", "output")},
     }.get(m.treatment, {})
     if set(m.options) != set(known):
@@ -263,6 +277,8 @@ def _check_options(m: PlannedModule, treats: str) -> None:
         value = m.options[name]
         if allowed is not None and value not in allowed:
             raise ConfigError(f"{treats} with {name}={value!r}; use one of {', '.join(map(str, allowed))}")
+        if name == "target" and not (_is_positive(value, int) and value <= (m.rank or 0)):
+            raise ConfigError(f"{treats} with target={value!r}; use a whole number from 1 to its rank {m.rank}")
         if name == "ranks":
             whole = sum(value) if m.treatment in ROUTED else max(value, default=0)
             if not all(_is_positive(rank, int) for rank in value) or whole != m.rank:

@@ -12,7 +12,7 @@ from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import Config, ConfigError, PlanConfig
 from hybrid_rl.placement import PLACEMENTS
 from hybrid_rl.plan import AdaptationPlan, PlannedModule, architecture_of, by, check_full
-from hybrid_rl.treatments import ROUTED, TREATMENTS, LoraConfig, MatryoshkaConfig, MolfConfig
+from hybrid_rl.treatments import ROUTED, TREATMENTS, AdaloraConfig, LoraConfig, MatryoshkaConfig, MolfConfig
 
 
 def select_candidates(anatomy: Anatomy, settings: PlanConfig) -> list[Weight]:
@@ -99,6 +99,7 @@ def build_plan(
     rest: str | None = None,
     molf: MolfConfig | None = None,
     matryoshka: MatryoshkaConfig | None = None,
+    adalora: AdaloraConfig | None = None,
     unreached: Collection[str] = (),
 ) -> AdaptationPlan:
     """Give the best-scored candidates full treatment within the budget, and `rest` to the others: the name of a
@@ -118,7 +119,9 @@ def build_plan(
     ordered = sorted(candidates, key=lambda c: (-scores.get(c.name, 0.0), c.name))
     eligible = [c for c in ordered if not c.quantised and c.name not in unreached]
     full = choose_full(eligible, scores, ratio=ratio, settings=settings, of=candidates)
-    adapters = _Adapters(lora, molf or MolfConfig(), matryoshka or MatryoshkaConfig(), candidates)
+    adapters = _Adapters(
+        lora, molf or MolfConfig(), matryoshka or MatryoshkaConfig(), adalora or AdaloraConfig(), candidates
+    )
     modules = []
     for c in ordered:
         treatment, note = _treatment(c, c.name in full, rest or settings.rest, c.name in unreached)
@@ -212,9 +215,14 @@ class _Adapters:
     """The adapters that the settings ask for."""
 
     def __init__(
-        self, lora: LoraConfig, molf: MolfConfig, matryoshka: MatryoshkaConfig, candidates: Sequence[Weight]
+        self,
+        lora: LoraConfig,
+        molf: MolfConfig,
+        matryoshka: MatryoshkaConfig,
+        adalora: AdaloraConfig,
+        candidates: Sequence[Weight],
     ) -> None:
-        self._lora, self._molf, self._matryoshka = lora, molf, matryoshka
+        self._lora, self._molf, self._matryoshka, self._adalora = lora, molf, matryoshka, adalora
         self._ranks = dict.fromkeys((c.name for c in candidates), lora.rank)
         for pattern, rank in lora.ranks.items():  # the last that matches counts
             self._ranks |= dict.fromkeys(matching(candidates, [pattern], "lora.ranks", "candidate"), rank)
@@ -231,7 +239,7 @@ class _Adapters:
         if facts.scaled and rank is not None:
             stabilised = treatment == "rslora" or options.get("rank_stabilised", False)
             # The experts of MoLF share one alpha, and the rank of the first sets its default.
-            alpha = self._lora.alpha_at(options.get("ranks", [rank])[0], stabilised)
+            alpha = self._lora.alpha_at(options.get("ranks", [rank])[0], stabilised=stabilised, counts=facts.counts)
         return PlannedModule(
             name=weight.name,
             component=weight.component,
@@ -265,6 +273,10 @@ class _Adapters:
             ranks = [r for r in asked if r <= most] or [most]
             options = {"ranks": ranks, "scaling": settings.scaling, "init": settings.init, "loss": settings.loss}
             wanted, rank = asked[-1], ranks[-1]
+        if treatment == "adalora":
+            options = {"target": rank}
+            wanted = self._adalora.initial(wanted, self._lora.rank)
+            rank = min(wanted, most)
         if treatment == "ia3":  # as in its paper, what an MLP's second layer is given; elsewhere, what comes out
             options = {
                 "scales": "input" if weight.component == "mlp" and weight.shape[0] < weight.shape[1] else "output"
@@ -323,6 +335,7 @@ def configured_plan(
         rest=config.rest,
         molf=config.molf,
         matryoshka=config.matryoshka,
+        adalora=config.adalora,
         unreached=unreached,
     )
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import matplotlib
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -160,6 +162,22 @@ def totals_table(plan: AdaptationPlan) -> Table:
     return table
 
 
+def rounding_table(rounding: Mapping[str, Mapping[str, Any]], top: int = 8) -> Table:
+    """What the cast to the base model's types did to a merged policy, by tensor."""
+    table = Table(title="Rounding to the base model's types")
+    table.add_column("tensor", overflow="fold")
+    for header in ("type", "max error", "mean error", "change", "undone"):
+        table.add_column(header, justify="right")
+    for name, r in sorted(rounding.items(), key=lambda item: -item[1]["max_error"])[:top]:
+        numbers = (f"{r[key]:.2g}" for key in ("max_error", "mean_error", "mean_change"))
+        table.add_row(escape(name), r["dtype"], *numbers, f"{r['undone']:.1%}")
+    table.caption = (
+        f"the largest of {len(rounding)}; change: mean by training; undone: share of the changed elements that "
+        "rounding takes back to the base model's value"
+    )
+    return table
+
+
 def difference_table(difference: PlanDifference, other: str, top: int = 12) -> Table:
     """What changed from another plan."""
     table = Table("module", "there", "here", title=f"Compared with {other}")
@@ -243,6 +261,76 @@ def draw_curve(run: RunDirectory, plan: AdaptationPlan, before: Mapping[str, flo
     left.legend(loc="lower right", frameon=False)
     _plot_plan(right, plan)
     _save(figure, run.curve)
+
+
+def evaluation_table(
+    scores: Mapping[str, float], ranks: Mapping[int, Mapping[str, float]], areas: Mapping[str, float], problems: int
+) -> Table:
+    """Held-out scores of a policy, and of its `ranks`; `areas`: AURAC by form."""
+    table = Table("policy" if not ranks else "rank", "accuracy", title=f"Held out: {problems} problems")
+    names = {"mean_at_k": "mean@k", "truncated": "truncated", "unscored": "unscored"}
+    names = {name: label for name, label in names.items() if name in scores}
+    for label in names.values():
+        table.add_column(label)
+    rows = {"as trained" if ranks else "as it is": scores, **{str(k): found for k, found in ranks.items()}}
+    for label, found in rows.items():
+        cells = [f"{found[name]:.0f}" if name == "unscored" else f"{found[name]:.3f}" for name in names]
+        table.add_row(label, f"{found['accuracy']:.3f}", *cells)
+    if areas:
+        table.caption = f"AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings"
+    return table
+
+
+def draw_ranks(
+    scores: Mapping[str, float], ranks: Mapping[int, Mapping[str, float]], areas: Mapping[str, float], path: Path
+) -> None:
+    """Accuracy by rank, beside that of the policy as it is trained."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for name, label, colour in (
+        ("accuracy", "accuracy (greedy)", _COLOURS["accuracy"]),
+        ("mean_at_k", "mean@k (sampled)", _COLOURS["sampled"]),
+    ):
+        if name in scores:
+            axes.plot(list(ranks), [found[name] for found in ranks.values()], marker="o", color=colour, label=label)
+            axes.axhline(scores[name], color=colour, linestyle="--", linewidth=1, label=f"{label}, as trained")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ranks), [str(k) for k in ranks])
+    title = f"Accuracy by rank: AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings"
+    axes.set(xlabel="rank", ylabel="share right", ylim=(0, 1.02), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_routing(run: RunDirectory, plan: AdaptationPlan) -> None:
+    """Of MoLF: the share of updates that went to each expert, by module and layer."""
+    total: dict[str, Counter[int]] = {}
+    updates = 0
+    for stepped in run.read_routing().values():
+        updates += 1
+        for module, counts in stepped.items():
+            total.setdefault(module, Counter()).update(dict(enumerate(counts)))
+    modules = [m for m in _plotted(plan) if m.name in total]
+    if not modules:
+        return
+    experts = 1 + max(max(total[m.name]) for m in modules)
+    kinds = [kind for kind in _kinds(plan) if any(_kind(m) == kind for m in modules)]
+    figure, panels = plt.subplots(1, experts, figsize=(1.5 + 4.2 * experts, 4.4), sharey=True, squeeze=False)
+    for expert, axes in enumerate(panels[0]):
+        grid = [[float("nan")] * len(kinds) for _ in range(_layers(plan))]
+        for m in modules:
+            counts = total[m.name]
+            grid[m.layer or 0][kinds.index(_kind(m))] = counts[expert] / max(1, counts.total())
+        axes.set_facecolor("#eceff1")
+        image = axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
+        axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
+        weight = any(m.trains_weight for m in modules)
+        name = "weight" if weight and not expert else f"LoRA expert {expert + (not weight)}"
+        axes.set(ylabel="" if expert else "layer", title=name)
+    figure.colorbar(image, ax=panels[0].tolist(), label=f"share of the updates of {updates} steps")
+    figure.savefig(run.routing_image, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:

@@ -18,9 +18,14 @@ def load_policy(model: ModelConfig, plan: AdaptationPlan, weights: Path) -> Adap
 
     Raises `ValueError` if `weights` (`adaptation.WEIGHTS`) is not of this plan.
     """
+    adapted = apply_plan(load_base(model), plan)
+    read_weights(adapted, weights)
+    return adapted
+
+
+def load_base(model: ModelConfig) -> Any:
+    """The base model in fp32 on the CPU."""
     base: Any = AutoModelForCausalLM.from_pretrained(
         model.path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
     )
-    adapted = apply_plan(base.eval(), plan)
-    read_weights(adapted, weights)
-    return adapted
+    return base.eval()

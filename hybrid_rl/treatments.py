@@ -37,6 +37,8 @@ class Treatment:
     """Whether it has an `alpha`."""
     multiple: int = 1
     """Ranks of the factors sent for each of the adapter's own: 2 where the adapter's start is taken away again."""
+    counts: float = 2.0
+    """How often an adapter counts by default: `alpha` over the rank, or over its root."""
 
 
 TREATMENTS = {
@@ -52,7 +54,7 @@ TREATMENTS = {
         Treatment("adalora", False, True, "factors", ranked=True, scaled=True),
         Treatment("dora", False, True, "weight", ranked=True, scaled=True),
         Treatment("vera", False, True, "weight", ranked=True),
-        Treatment("randlora", False, True, "weight", ranked=True),
+        Treatment("randlora", False, True, "weight", ranked=True, scaled=True, counts=20.0),
         Treatment("ia3", False, True, "weight"),
         Treatment("matryoshka", False, True, "factors", ranked=True),
         Treatment("molf", True, True, "weight", ranked=True, scaled=True),
@@ -100,11 +102,11 @@ class LoraConfig(Settings):
     """Of LoRA and of every other treatment that puts trained tensors beside a weight."""
 
     lr: Positive | None = None
-    """Learning rate of the adapters; 10 x `full.lr` by default."""
+    """Learning rate of the adapters; 10 x `full.lr` by default, of `molf` `full.lr`."""
     rank: PositiveInt = 16
     alpha: Positive | None = None
     """Scaling numerator: an adapter counts alpha / rank times, with `rslora` and MoLF alpha / sqrt(rank) times. By
-    default it counts twice."""
+    default it counts twice, with `randlora` 20 times."""
     ranks: dict[str, PositiveInt] = {}
     """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays."""
     weight_decay: NotNegative = 0.0
@@ -115,11 +117,12 @@ class LoraConfig(Settings):
     schedule: Schedule | None = None
     """Its own course of the learning rate; `learner.schedule` by default."""
 
-    def alpha_at(self, rank: int, stabilised: bool) -> float:
-        """`alpha` of a module of `rank`, its default resolved; `stabilised`: it is divided by the root of the rank."""
+    def alpha_at(self, rank: int, *, stabilised: bool = False, counts: float = 2.0) -> float:
+        """`alpha` of a module of `rank`, its default resolved; `stabilised`: it is divided by the root of the rank.
+        `counts`: how often an adapter counts by default."""
         if stabilised:
-            return 2.0 * math.sqrt(rank) if self.alpha is None else self.alpha
-        return 2.0 * rank if self.alpha is None else self.alpha * rank / self.rank
+            return counts * math.sqrt(rank) if self.alpha is None else self.alpha
+        return counts * rank if self.alpha is None else self.alpha * rank / self.rank
 
 
 class MolfConfig(Settings):
@@ -143,6 +146,43 @@ class MolfConfig(Settings):
     unwrapped: Literal["train", "freeze"] | None = None
     """What is neither an expert nor the output head: norms, embeddings, biases. `train`: with AdamW at `full.lr`, as
     MoLF does; `freeze`: as `molf_efficient` does."""
+
+
+class AdaloraConfig(Settings):
+    """AdaLoRA (arXiv 2303.10512): adapters of many ranks, of which the least important are taken away during training
+    until `lora.rank` a matrix are left on average. Phases are shares of the run's updates."""
+
+    init_rank: PositiveInt | None = None
+    """Rank that adapters start with; 1.5 x `lora.rank` by default. Where `lora.ranks` says another, in proportion."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the updates before any rank is taken away (t_i)."""
+    final: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the updates after the allocation, which then stays as it is (t_f)."""
+    every: PositiveInt = 1
+    """Updates between two allocations."""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """What one update leaves of the mean of a weight's sensitivity."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """The same of its uncertainty."""
+    orth_reg_weight: NotNegative = 0.5
+    """Weight of the term that keeps A and B orthogonal, beside the policy's loss; PEFT's default. 0: none."""
+
+    def initial(self, rank: int, of: int) -> int:
+        """The rank that an adapter starts with, of which `rank` is wanted; `of`: `lora.rank`."""
+        return max(round(rank * (1.5 if self.init_rank is None else self.init_rank / of)), rank + 1)
+
+    def phases(self, updates: int) -> tuple[int, int]:
+        """Updates before and after the allocation, of so many.
+
+        Raises `ValueError` if none are left between.
+        """
+        before, after = round(self.warmup * updates), max(round(self.final * updates), 1)
+        if before + after >= updates:
+            raise ValueError(
+                f"adalora.warmup={self.warmup} and adalora.final={self.final} leave none of {updates} updates to "
+                "allocate ranks in; lower them, or make more updates"
+            )
+        return before, after
 
 
 class MatryoshkaConfig(Settings):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -126,6 +126,8 @@ class TrainBatch:
     mini_batches: tuple[tuple[TrainSequence, ...], ...]
     lr_scale: Mapping[str, float]
     """Factor of each part's learning rate at this step."""
+    step: int = 1
+    """Which step it is, from 1: what training draws at random depends on it."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class StepStats:
 
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
+    stepped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of MoLF, by module: how many of the step's updates went to each of its experts."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def parse(**changes: object) -> Config:
 def test_defaults_are_resolved():
     config = parse(full={"lr": 2e-6}, lora={"rank": 8})
     assert config.lora_lr == pytest.approx(2e-5)
-    assert config.lora.alpha_at(8, False) == 16
+    assert config.lora.alpha_at(8) == 16
 
 
 def test_a_preset_fills_in_what_algo_does_not_say():
@@ -98,6 +98,10 @@ def test_presets_name_settings(name: str):
         ({"learner": {"world_size": 3, "sequence_parallel": 2}}, ["learner.world_size=3", "sequence_parallel=2"]),
         ({"algo": {"dual_clip": 1.1}}, ["algo.dual_clip=1.1", "algo.clip_high"]),
         ({"batch": {"num_generations": 1}}, ["batch.num_generations=1", "greater than or equal to 2"]),
+        ({"adaptation": "lora", "adalora": {"every": 2}}, ["adalora.every does nothing", "adaptation=lora"]),
+        ({"adaptation": "adalora", "adalora": {"init_rank": 16}}, ["adalora.init_rank=16", "lora.rank=16"]),
+        ({"adaptation": "adalora", "adalora": {"warmup": 0.6}}, ["adalora.warmup=0.6", "adalora.final=0.5", "100"]),
+        ({"plan": {"rest": "adalora"}, "steps": 1}, ["adalora.final=0.5", "1 updates"]),
     ],
 )
 def test_bad_settings_name_the_setting_the_value_and_the_fix(changes: dict, parts: list[str]):

@@ -12,7 +12,7 @@ from hybrid_rl.evaluate import evaluate
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.report import RunScreen, draw_curve, draw_plan
+from hybrid_rl.report import RunScreen, draw_curve, draw_plan, draw_routing
 from hybrid_rl.tracking import RunDirectory, StepClock
 from trainers.async_grpo import Overlapped
 from trainers.gate import Gate
@@ -66,6 +66,7 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
         summary = {"eval_before": before, "eval_after": after, "steps": config.steps, "ranking_seconds": ranking}
         run.write_summary({**summary, "wall_seconds": recorder.wall_seconds, "plan_hash": plan.hash})
         draw_curve(run, plan, before)
+        draw_routing(run, plan)
         screen.show_result(run, before, after)
 
 
@@ -85,7 +86,7 @@ def _loop(
 
         rollouts = source.next(clock)
         data = assemble(rollouts.groups, config, rollouts.divergences)
-        batch = mini_batches(data.sequences, config, scale)
+        batch = mini_batches(data.sequences, config, scale, step)
         stats = NO_UPDATE
         if batch.mini_batches:
             with workplace.learning():

@@ -21,8 +21,8 @@ def rank_modules(config: Config, console: Console | None = None) -> AdaptationPl
 
     Starts the workers that the score needs and stops them again. Raises `ConfigError` before that for what cannot work.
     """
-    if config.plan.path is not None:
-        raise ConfigError(f"plan.path={config.plan.path!r} gives a finished plan, so there is nothing to rank; drop it")
+    if config.plan.given is not None:
+        raise ConfigError(f"{config.plan.given} gives a finished plan, so there is nothing to rank; drop it")
     needs = find_score(config.plan.score).needs
     task = check_task(config)
     with Bar(console or Console(quiet=True)) as bar:

@@ -25,12 +25,12 @@ Progress = Callable[[str, int, int], None]
 def make_plan(
     config: Config, task: Task, workplace: Workplace | None, progress: Progress = lambda *state: None
 ) -> AdaptationPlan:
-    """The plan given by `plan.path`, or one made as the configuration says.
+    """The plan given by `plan.path` or `plan.start`, or one made as the configuration says.
 
     A workplace is needed unless the score looks at names and shapes alone.
     """
     if task.plan is not None:
-        _say_unused(config, {"score_rank", "prompts", "probe"}, "plan.path")
+        _say_unused(config, {"score_rank", "prompts", "probe"}, str(config.plan.given))
         return task.plan
     if not ranks(config):
         _say_unused(config, {"score_rank", "prompts", "probe"}, f"adaptation={config.adaptation}")

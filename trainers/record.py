@@ -63,6 +63,8 @@ class Recorder:
         row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()}
         self._faults = faults
         run.write_rollouts(step, rollouts.groups, data.advantages)
+        if stats.stepped:
+            run.write_routing(step, stats.stepped)
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             with clock.time("eval"):
                 self.last_eval = evaluate(workplace.episodes, workplace.rewards, self._task.eval, config)

@@ -21,6 +21,7 @@ from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import build_prompts, load_rows, load_tokenizer
+from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
@@ -49,7 +50,7 @@ class Task:
     """Training prompts left out as too long."""
     columns: list[str]
     plan: AdaptationPlan | None
-    """The plan given by `plan.path`."""
+    """The plan given by `plan.path` or `plan.start`."""
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Workplace:
     """Running workers."""
 
     cluster: Cluster
+    transport: Transport
     pool: RolloutPool
     episodes: Episodes
     learner: LearnerGroup
@@ -66,7 +68,10 @@ class Workplace:
     def sync(self, version: int, in_flight: str = "keep", parts: Sequence[str] = PARTS) -> Synced:
         """Bring every engine to the learner's weights, or to those of `parts` and the base model's for the rest;
         completions under way go on as `in_flight` says."""
-        update = self.learner.export(version, tuple(parts))
+        return self.bring(self.learner.export(version, tuple(parts)), in_flight)
+
+    def bring(self, update: WeightUpdate, in_flight: str = "keep") -> Synced:
+        """Bring every engine to `update`, whoever published it."""
         return Synced(update, self.pool.update(update, in_flight))
 
     @contextmanager
@@ -124,14 +129,15 @@ def check_task(config: Config) -> Task:
 
 
 def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | None]:
-    """What the model consists of, and the plan of `plan.path` if there is one; everything about plans that needs no
-    weights is checked."""
+    """What the model consists of, and the plan of `plan.path` or `plan.start` if there is one; everything about plans
+    that needs no weights is checked."""
     try:
         anatomy = read_model(model, config.plan.components)
         cross_check(model, anatomy, config.plan.components)
     except ValueError as error:  # not understood, or an override that fits nothing
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
     plan = AdaptationPlan.load(config.plan.path) if config.plan.path else None
+    plan = start_plan(config, anatomy) if config.plan.start else plan
     if plan is not None:
         plan.check_against(anatomy)
     else:
@@ -161,13 +167,13 @@ def _drafts(anatomy: Anatomy, config: Config) -> list[AdaptationPlan]:
 
 
 @contextmanager
-def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iterator[Workplace]:
-    """Start the cluster, the learner and, for `rollouts`, the reward processes and the rollout engines; stop them on
+def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner: bool = True) -> Iterator[Workplace]:
+    """Start the cluster, the `learner` and, for `rollouts`, the reward processes and the rollout engines; stop them on
     leaving."""
     with ExitStack() as stack:
-        ranks, engines = config.learner.world_size, config.rollout.engines if rollouts else 0
+        ranks, engines = config.learner.world_size if learner else 0, config.rollout.engines if rollouts else 0
         colocated = config.cluster.placement == "colocate"
-        workplace = Workplace(None, None, None, None, None, colocated)  # type: ignore[arg-type]
+        workplace = Workplace(None, None, None, None, None, None, colocated)  # type: ignore[arg-type]
         if rollouts:
             workplace.rewards = RewardPool(config.rewards, config.reward, chat=config.data.chat)
             stack.callback(workplace.rewards.close)
@@ -181,10 +187,10 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iter
             answering["tokenizer"] = load_tokenizer(config)
         workplace.cluster = cluster = open_cluster(config)
         stack.callback(cluster.close)
-        transport = cluster.transport(config)
+        workplace.transport = transport = cluster.transport(config)
         cluster.reserve(_places(config, cluster, ranks, engines))
         workplace.pool = RolloutPool(
-            lambda i: _start_engine(config, task, cluster, transport, _place_of_engine(config, i), i),
+            lambda i: _start_engine(config, task, cluster, transport, _place_of_engine(config, ranks, i), i),
             engines,
             max_restarts=config.rollout.max_restarts,
             timeout=config.rollout.timeout,
@@ -195,7 +201,8 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True) -> Iter
             courier=_courier(config, workplace) if transport.sends else None,
         )
         workplace.episodes = Episodes(workplace.pool, **answering)
-        workplace.learner = _start_learner(config, cluster, transport)
+        if learner:
+            workplace.learner = _start_learner(config, cluster, transport)
         workplace.pool.wait_ready()
         yield workplace
 
@@ -210,7 +217,7 @@ def _courier(config: Config, workplace: Workplace) -> MeetingCourier:
 
 def ranks(config: Config) -> bool:
     """Whether the plan is made by a score."""
-    return config.adaptation == "hybrid" and config.plan.path is None and 0 < config.plan.budget.ratio < 1
+    return config.adaptation == "hybrid" and config.plan.given is None and 0 < config.plan.budget.ratio < 1
 
 
 def probes(config: Config) -> bool:
@@ -239,11 +246,15 @@ def check_engine(config: Config, plan: AdaptationPlan) -> None:
         )
     held = ("attention", "recurrent", "mlp", "norm", "router", "lm_head", "embedding")
     other = [m for m in plan.modules if m.treatment != "frozen" and (m.component not in held or len(m.shape) != 2)]
-    other = [m for m in other if not (m.component == "norm" and len(m.shape) == 1)]
+    whole = {m.name for m in plan.modules if len(m.shape) == 2}
+    vectors = [m for m in other if len(m.shape) == 1]
+    held_vectors = [m for m in vectors if m.component == "norm" or m.name.removesuffix(".bias") in whole]
+    other = [m for m in other if m not in held_vectors]
     if other:
+        leave = "set molf.unwrapped=freeze" if config.trains_unwrapped else "leave it out"
         raise ConfigError(
             f"{other[0].name} ({other[0].component}) is trained, but rollout.engine=vllm holds it in another form and "
-            "could not prove what it serves; use rollout.engine=transformers, or leave it out"
+            f"could not prove what it serves; use rollout.engine=transformers, or {leave}"
         )
 
 
@@ -330,8 +341,8 @@ def _places(config: Config, cluster: Cluster, ranks: int, engines: int) -> list[
     return [both] * engines + [learner] * (ranks - engines)
 
 
-def _place_of_engine(config: Config, index: int) -> int:
-    return index + (config.learner.world_size if config.cluster.placement == "split" else 0)
+def _place_of_engine(config: Config, ranks: int, index: int) -> int:
+    return index + (ranks if config.cluster.placement == "split" else 0)
 
 
 def _start_engine(
@@ -369,7 +380,8 @@ def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> Le
 
     # Workers may start in another directory.
     model = config.model.model_copy(update={"path": _resolved(config.model.path)})
-    config = config.model_copy(update={"model": model})
+    plan = config.plan.model_copy(update={"start": config.plan.start and _resolved(config.plan.start)})
+    config = config.model_copy(update={"model": model, "plan": plan})
     takes = _learner_resources(config, cluster)
     workers = [
         cluster.start(rank, LearnerWorker, config, rank, transport, name=f"learner-{rank}", takes=takes)

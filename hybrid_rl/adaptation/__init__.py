@@ -3,7 +3,7 @@
 from hybrid_rl.adaptation.adapters import Adapter, Factors, LowRank
 from hybrid_rl.adaptation.apply import AdaptedModel, apply_plan, remove_adapters, weight_named
 from hybrid_rl.adaptation.groups import PARTS, ParameterGroup, parameter_groups
-from hybrid_rl.adaptation.stored import WEIGHTS, read_weights, write_weights
+from hybrid_rl.adaptation.stored import WEIGHTS, read_start, read_weights, write_weights
 
 __all__ = [
     "PARTS",
@@ -15,6 +15,7 @@ __all__ = [
     "ParameterGroup",
     "apply_plan",
     "parameter_groups",
+    "read_start",
     "read_weights",
     "remove_adapters",
     "weight_named",

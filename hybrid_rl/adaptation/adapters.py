@@ -60,6 +60,10 @@ class Adapter(ABC):
     def weight(self) -> Tensor:
         """The weight that it comes to, in fp32 [out, in]."""
 
+    def bias(self) -> Tensor | None:
+        """The bias that it comes to, in fp32 [out], if the adapter acts on it."""
+        return None
+
     def switch(self, on: bool) -> None:
         """Whether the adapter is part of the forward pass."""
         for layer in self._layers:
@@ -117,7 +121,16 @@ class LowRank(Adapter):
 
 
 class AdaLora(Adapter):
-    """AdaLoRA (arXiv 2303.10512): B diag(E) A, whose ranks are given to the modules that need them."""
+    """AdaLoRA (arXiv 2303.10512): B diag(E) A, whose ranks are given to the modules that need them.
+
+    What is taken away has E = 0. The number of ranks that the scaling is divided by (PEFT's `ranknum`) stays the one
+    that it starts with, so that what stays counts as before.
+    """
+
+    def __init__(self, module: str, layer: Any, sharers: Sequence[Any] = (), *, target: int) -> None:
+        """`target`: ranks that it is to keep, on average over the modules."""
+        super().__init__(module, layer, sharers)
+        self.target = target
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -153,8 +166,27 @@ _ADALORA_EPSILON = 1e-5
 """PEFT's, added to the number of ranks that the scaling is divided by."""
 
 
+class Dora(LowRank):
+    """DoRA (arXiv 2402.09353): LoRA gives the rows' directions, a trained vector their norms."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        name = self._trained[0]
+        magnitude = {f"lora_magnitude_vector.{name}.weight": self.layer.lora_magnitude_vector[name].weight}
+        return super().parameters | magnitude
+
+    @property
+    def needed(self) -> list[nn.Parameter]:
+        return [*super().needed, self.layer.lora_magnitude_vector[self._trained[0]].weight]
+
+    def weight(self) -> Tensor:
+        direction = super().weight()
+        magnitude = self.layer.lora_magnitude_vector[self._trained[0]].weight.detach().float()
+        return (magnitude / direction.norm(dim=1))[:, None] * direction
+
+
 class Reparametrised(Adapter):
-    """What comes to another weight by PEFT's own formula: DoRA, VeRA, RandLoRA, IA3."""
+    """What comes to another weight by PEFT's own formula: RandLoRA, IA3."""
 
     def __init__(self, module: str, layer: Any, *, trained: Sequence[str]) -> None:
         """`trained`: names within the layer of its trained parameters."""
@@ -168,16 +200,52 @@ class Reparametrised(Adapter):
     def factors(self) -> list[Factors]:
         return []
 
-    @torch.no_grad()
     def weight(self) -> Tensor:
-        """PEFT merges into the weight, in place; it is put back as it was."""
-        layer: Any = self.layer
-        base = layer.get_base_layer()
-        kept = base.weight.data
-        base.weight.data = kept.float().clone()
+        return self._merged()[0]
+
+    def bias(self) -> Tensor | None:
+        return self._merged()[1] if self._scales_bias else None
+
+    @property
+    def _scales_bias(self) -> bool:
+        return self.layer.get_base_layer().bias is not None and not getattr(self.layer, "is_feedforward", True)
+
+    @torch.no_grad()
+    def _merged(self) -> tuple[Tensor, Tensor | None]:
+        """PEFT merges into the weight, and IA3's into the bias too, in place; they are put back as they were."""
+        base = self.layer.get_base_layer()
+        kept = {name: p.data for name, p in base.named_parameters()}
+        for p in base.parameters():
+            p.data = p.data.float().clone()
         try:
-            layer.merge()
-            return base.weight.data
+            self.layer.merge()
+            return base.weight.data, None if base.bias is None else base.bias.data
         finally:
-            base.weight.data = kept
-            layer.merged_adapters.clear()
+            for name, p in base.named_parameters():
+                p.data = kept[name]
+            self.layer.merged_adapters.clear()
+
+
+class Vera(Reparametrised):
+    """VeRA (arXiv 2310.11454): two trained vectors around one pair of random matrices, which all modules share the
+    beginnings of. PEFT's own merge mixes precisions where the model is not fp32."""
+
+    def __init__(self, module: str, layer: Any, *, trained: Sequence[str]) -> None:
+        super().__init__(module, layer, trained=trained)
+        layer.register_forward_pre_hook(_follow_precision)
+
+    def weight(self) -> Tensor:
+        layer, (name,) = self.layer, self.layer.vera_lambda_b
+        weight = self.base.detach().float()
+        out, inner = weight.shape
+        a = layer.vera_A[name][:, :inner].float() * layer.vera_lambda_d[name].detach().float()[:, None]
+        b = layer.vera_B[name][:out].float() * layer.vera_lambda_b[name].detach().float()[:, None]
+        return weight + b @ a
+
+
+def _follow_precision(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    """DeepSpeed casts a model's parameters, but not the buffers that VeRA multiplies by."""
+    for buffers in (layer.vera_A, layer.vera_B):
+        for name, buffer in buffers.items():
+            if buffer.dtype != inputs[0].dtype:
+                buffers[name] = buffer.to(inputs[0].dtype)

@@ -6,7 +6,9 @@ PEFT's `modules_to_save` keeps. Everything else is frozen, and the base model's 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -19,6 +21,8 @@ from hybrid_rl.adaptation.inject import inject
 from hybrid_rl.adaptation.matryoshka import Nesting
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.treatments import ROUTED
+
+logger = logging.getLogger(__name__)
 
 Experts = tuple[tuple[nn.Parameter, ...], ...]
 
@@ -59,6 +63,15 @@ class AdaptedModel:
         for nesting in self.nestings:
             nesting.use(k)
 
+    @contextmanager
+    def at_rank(self, k: int | None) -> Iterator[None]:
+        """`use_rank(k)` inside; afterwards as it is trained."""
+        self.use_rank(k)
+        try:
+            yield
+        finally:
+            self.use_rank(None)
+
 
 def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
     """Apply `plan` to `model` in place.
@@ -71,7 +84,10 @@ def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
     adapters: dict[str, Adapter] = {}
     by_treatment = sorted(plan.adapted, key=lambda m: m.treatment)
     for treatment, planned in groupby(by_treatment, key=lambda m: m.treatment):
+        active = {m: m._active_adapter for m in model.modules() if isinstance(m, BaseTunerLayer)}
         adapters |= inject(model, treatment, list(planned), sharers)
+        for layer, names in active.items():  # PEFT left one adapter active in every layer
+            layer._active_adapter = names
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     wanted = {name for names in sharers.values() for name in names}
     if wrapped != wanted:
@@ -129,6 +145,7 @@ def _sharers(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
 def _keep_off_shortcuts(model: nn.Module, wrapped: set[str]) -> None:
     """Some blocks (Mamba's) have a fused kernel for training that multiplies by a layer's weight itself, past the
     adapter around it. They stay in evaluation mode, in which they call the layer; no policy here has dropout."""
+    kept: set[nn.Module] = set()
     for name in wrapped:
         owner, _, path = name.rpartition(".")
         while owner:
@@ -136,7 +153,10 @@ def _keep_off_shortcuts(model: nn.Module, wrapped: set[str]) -> None:
             if facts.bypasses(type(block), path) == "training":
                 block.train(False)
                 block.train = lambda mode=True, block=block: block  # type: ignore[method-assign]
+                kept.add(block)
             owner, _, attribute = owner.rpartition(".")
             if attribute.isdigit():
                 break
             path = f"{attribute}.{path}"
+    if kept:
+        logger.info("%d blocks are kept from a fused kernel that would pass by their adapters", len(kept))

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    RandLoraConfig,
+    VeraConfig,
+    VeraModel,
+    inject_adapter_in_model,
+)
 from torch import nn
 
-from hybrid_rl.adaptation.adapters import Adapter, LowRank
+from hybrid_rl.adaptation.adapters import AdaLora, Adapter, Dora, LowRank, Reparametrised, Vera
 from hybrid_rl.adaptation.matryoshka import NestedLora, Nesting, paper_init
 from hybrid_rl.plan import PlannedModule
 
@@ -46,7 +56,10 @@ class _Holder(nn.Module):
 def put(model: nn.Module, config: PeftConfig, targets: Sequence[str]) -> dict[str, Any]:
     """Inject PEFT layers as `config` says into the modules `targets`, and return the layers by module name."""
     config.target_modules = [f"held.{name}" for name in targets]  # type: ignore[attr-defined]
-    inject_adapter_in_model(config, _Holder(model), adapter_name=ADAPTER)
+    if isinstance(config, VeraConfig):  # whose layers share one pair of random matrices, which `inject` refuses
+        VeraModel(_Holder(model), config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, _Holder(model), adapter_name=ADAPTER)
     return {name: model.get_submodule(name) for name in targets}
 
 
@@ -158,6 +171,58 @@ def _experts(model: nn.Module, planned: Sequence[PlannedModule], sharers: Sharer
     return adapters
 
 
+def _dora(model: nn.Module, planned: Sequence[PlannedModule], sharers: Sharers) -> dict[str, Adapter]:
+    made = _lora_layers(model, planned, sharers, use_dora=True)
+    return {name: Dora(name, layer, trained=(ADAPTER,)) for name, (layer,) in made.items()}
+
+
+def _reparametrised(
+    config_of: Callable[[Sequence[PlannedModule]], PeftConfig], kind: type[Reparametrised] = Reparametrised
+) -> _Make:
+    """Treatments of which PEFT has one configuration for all modules, so that those of one rank go together."""
+
+    def make(model: nn.Module, planned: Sequence[PlannedModule], sharers: Sharers) -> dict[str, Adapter]:
+        adapters: dict[str, Adapter] = {}
+        for _, alike in groupby(sorted(planned, key=_config_key), key=_config_key):
+            some = list(alike)
+            for name, layer in put(model, config_of(some), [m.name for m in some]).items():
+                containers = tuple(f"{n}.{ADAPTER}" for n in layer.adapter_layer_names)
+                trained = [n for n, _ in layer.named_parameters() if n.startswith(containers)]
+                adapters[name] = kind(name, layer, trained=trained)
+        return adapters
+
+    return make
+
+
+def _config_key(m: PlannedModule) -> tuple[int, float]:
+    return m.rank or 0, m.alpha or 0.0
+
+
+def _adalora(model: nn.Module, planned: Sequence[PlannedModule], sharers: Sharers) -> dict[str, Adapter]:
+    adapters: dict[str, Adapter] = {}
+    for (rank, alpha), alike in groupby(sorted(planned, key=_config_key), key=_config_key):
+        some = list(alike)
+        # What PEFT schedules by these steps, the learner does (`hybrid_rl/learner/adalora.py`).
+        config = AdaLoraConfig(init_r=rank, target_r=1, lora_alpha=alpha, total_step=3, tinit=1, tfinal=1)  # type: ignore[arg-type]
+        made = put(model, config, [name for m in some for name in sharers[m.name]])
+        for m in some:
+            layer, *others = (made[name] for name in sharers[m.name])
+            for other in others:
+                other.lora_A, other.lora_E, other.lora_B = layer.lora_A, layer.lora_E, layer.lora_B
+            adapters[m.name] = AdaLora(m.name, layer, others, target=m.options["target"])
+    return adapters
+
+
+def _randlora_config(some: Sequence[PlannedModule]) -> PeftConfig:
+    return RandLoraConfig(r=some[0].rank, randlora_alpha=some[0].alpha, randlora_dropout=0.0)  # type: ignore[arg-type]
+
+
+def _ia3_config(some: Sequence[PlannedModule]) -> PeftConfig:
+    names = [m.name for m in some]
+    fed = [f"held.{m.name}" for m in some if m.options["scales"] == "input"]
+    return IA3Config(target_modules=[f"held.{name}" for name in names], feedforward_modules=fed)
+
+
 _MAKERS: dict[str, _Make] = {
     "lora": _plain(),
     "rslora": _plain(use_rslora=True),
@@ -165,6 +230,11 @@ _MAKERS: dict[str, _Make] = {
     "milora": _with_start(_smallest_triplets),
     "olora": _with_start(lambda layer: layer.olora_init(ADAPTER)),
     "matryoshka": _matryoshka,
+    "adalora": _adalora,
+    "dora": _dora,
+    "vera": _reparametrised(lambda some: VeraConfig(r=some[0].rank or 0, vera_dropout=0.0), Vera),
+    "randlora": _reparametrised(_randlora_config),
+    "ia3": _reparametrised(_ia3_config),
     "molf": _experts,
     "molf_efficient": _experts,
 }

@@ -6,6 +6,7 @@ the sum of the adapters of all ranks in a set, which is one pair again, with P_i
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,29 @@ class Nesting:
         """From here on the layer is the adapter of rank `k` (its largest, if that is smaller) alone; `None`: as it is
         trained."""
         self.p = self._trained if k is None else single_p(self.rank, min(k, self.rank), self.scaling)
+
+
+class TrainedRanks:
+    """At which ranks of a model's Matryoshka layers an update computes its loss."""
+
+    def __init__(self, nestings: Sequence[Nesting], seed: int) -> None:
+        """`nestings` have the same `loss`; there may be none."""
+        self.ranks = tuple(sorted({k for nesting in nestings for k in nesting.ranks}))
+        """Of all layers together; to a layer whose largest is smaller, any above it are that."""
+        self.loss = nestings[0].loss if nestings else "sum"
+        self._seed = seed
+
+    def of(self, step: int, update: int) -> dict[int | None, float]:
+        """The ranks of one of a step's updates, and what the loss at each counts; rank `None`: as it is trained.
+
+        A rank that is drawn depends on the seed and these numbers alone, so it is the same for every micro-batch, on
+        every rank and in a resumed run.
+        """
+        if self.loss == "per_rank":
+            return dict.fromkeys(self.ranks, 1 / len(self.ranks))
+        if self.loss == "sampled":
+            return {random.Random(f"{self._seed}/{step}/{update}").choice(self.ranks): 1.0}
+        return {None: 1.0}
 
 
 class NestedLora(LoraVariant):

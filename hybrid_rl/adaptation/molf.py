@@ -34,6 +34,8 @@ class Fragment:
     master: Tensor
     start: int
     length: int
+    offset: int = 0
+    """Place of the first of them in the parameter."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class MolfAdamW(torch.optim.Optimizer):
 
     def bind(self, masters: Sequence[Sequence[Tensor]], fragments: Mapping[nn.Parameter, Fragment]) -> None:
         """From here on `masters`, fp32, by parameter group, are stepped, of which this process may hold a share;
-        `fragments` says where in them it holds elements of the experts' parameters. What no fragment covers belongs to
-        parameters of no expert, or is padding.
+        `fragments` says where in them it holds elements of the experts' parameters; those of others do not count. What
+        none covers belongs to parameters of no expert, or is padding.
 
         Raises `ValueError` if fragments overlap, or lie outside the masters.
         """
@@ -144,14 +146,14 @@ class MolfAdamW(torch.optim.Optimizer):
         `gradients`: of each master once, in any shape that has its elements in its order. `all_reduce`: the sum of a
         float64 tensor on the CPU over the processes that hold shares; called once.
 
-        Raises `RuntimeError` if a master is left out, comes again, or is not fp32, or if the last step is not finished.
+        Raises `RuntimeError` if a master is left out, comes again, is unknown or not fp32, or before the last `step`.
         """
         if self._due:
             raise RuntimeError("route was called again before step")
         sums: list[Tensor] = []
         owners: list[int] = []
         for master, gradient in gradients:
-            if master in self._due or master.dtype != torch.float32:
+            if master not in self._group_of or master in self._due or master.dtype != torch.float32:
                 raise RuntimeError(
                     f"route got a tensor of {master.dtype} and shape {tuple(master.shape)} it cannot use"
                 )

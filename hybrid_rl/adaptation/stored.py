@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.adaptation.apply import AdaptedModel
+from hybrid_rl.adaptation.delta import read_delta
+from hybrid_rl.adaptation.peft_files import PEFT_CONFIG, read_peft
 
 WEIGHTS = "weights.safetensors"
 """Name of the file in a checkpoint."""
@@ -39,3 +41,11 @@ def read_weights(adapted: AdaptedModel, path: Path) -> None:
                     f"{path}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(parameter.shape)}"
                 )
             parameter.copy_(tensor)
+
+
+def read_start(adapted: AdaptedModel, directory: Path) -> None:
+    """Set the trained parameters of a model that is otherwise the base model to those of an export or PEFT directory.
+
+    Raises `ValueError` if it has others than the model trains.
+    """
+    (read_peft if (directory / PEFT_CONFIG).is_file() else read_delta)(adapted, directory)

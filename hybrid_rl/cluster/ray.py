@@ -171,7 +171,10 @@ class _RayPending:
             raise WorkerDied(f"{self.name} did not answer within {timeout:g} s") from None
         except ray.exceptions.RayActorError as death:
             if death.actor_init_failed:
-                raise RuntimeError(f"{self.name} could not start: {_cause(death)}") from None
+                kind, _, reason = (cause := _cause(death)).partition(": ")
+                if kind.endswith(ConfigError.__name__):
+                    raise ConfigError(reason) from None
+                raise RuntimeError(f"{self.name} could not start: {cause}") from None
             raise WorkerDied(f"{self.name}: {_cause(death)}") from None
         except _LOST as death:
             raise WorkerDied(f"{self.name}: {_cause(death)}") from None

@@ -97,13 +97,15 @@ def _rewards(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]
     return rewards_P_G.nan_to_num(0.0), ~rewards_P_G.isnan()
 
 
-def mini_batches(sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float]) -> TrainBatch:
+def mini_batches(
+    sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float], step: int = 1
+) -> TrainBatch:
     """Deal sequences to mini-batches of near-equal size, and weigh their tokens; ones without a gradient are left out,
     and mini-batches that stay empty."""
     count, algo = config.batch.mini_batches, config.algo
     dealt = [weigh(sequences[i::count], algo.aggregation, config.sampling.max_completion_length) for i in range(count)]
     kept = [tuple(s for s in m if s.completion_ids and (s.advantage or algo.trains_without_advantage)) for m in dealt]
-    return TrainBatch(tuple(m for m in kept if m), lr_scale)
+    return TrainBatch(tuple(m for m in kept if m), lr_scale, step)
 
 
 def weigh(sequences: Sequence[TrainSequence], aggregation: str, max_length: int = 1) -> list[TrainSequence]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_rl.adaptation import PARTS, AdaptedModel, ParameterGroup
-from hybrid_rl.adaptation.molf import Fragment, MolfAdamW, Routing
+from hybrid_rl.adaptation.adapters import AdaLora
+from hybrid_rl.adaptation.molf import Fragment, MolfAdamW
 from hybrid_rl.config import Config
+from hybrid_rl.learner.adalora import RankAllocation
 from hybrid_rl.weight_sync import BaseFiles
 
 _TAG = "state"
@@ -38,8 +41,14 @@ class Update:
     """By group, before clipping."""
     update_norms: Mapping[str, float]
     """By group: norm of the change of the fp32 weights."""
-    routing: Routing = field(default_factory=lambda: Routing({}, {}))
-    """Which experts of which modules were stepped, if modules have experts and the update was applied."""
+    selections: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """By module that has experts (MoLF), which of them were stepped; empty if the update was not applied."""
+    expert_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By module, the scores that they were chosen by."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By module with AdaLoRA, the ranks that it has left."""
+    budget: int = 0
+    """Ranks that AdaLoRA's schedule leaves over all modules."""
 
 
 class TrainingEngine:
@@ -68,7 +77,11 @@ class TrainingEngine:
         fragments = self._fragments()
         if self._molf is not None:
             self._molf.bind(self._masters(), fragments)
-        # What the base model holds in the places of the full matrices (LoRA's contribution is switched off instead).
+        adalora = {name: a for name, a in adapted.adapters.items() if isinstance(a, AdaLora)}
+        self._allocation = (
+            RankAllocation(adalora, fragments, config.adalora, config.updates, self._total) if adalora else None
+        )
+        # What the base model holds in the places of the full matrices (adapters are switched off instead).
         kept = config.algo.needs_reference
         self._originals = [_held(p).clone() for p in adapted.full.values()] if kept else None
 
@@ -86,6 +99,8 @@ class TrainingEngine:
 
         Raises `RuntimeError` if DeepSpeed skipped an update that should be applied, or applied one that should not.
         """
+        if self._allocation is not None:
+            self._allocation.regularise(self._master_pieces(), dict(self._gradient_pieces()))
         grad_norms = self._norms(self._gradients())
         finite = all(math.isfinite(norm) for norm in grad_norms.values())
         if finite:
@@ -98,6 +113,8 @@ class TrainingEngine:
             group["lr"] = self._rates[parameters.part] * scale[parameters.part]
         if finite and self._molf is not None:
             self._molf.route(self._flat_gradients(), self._total)
+        if finite and self._allocation is not None:
+            self._allocation.see_gradients(dict(self._gradient_pieces()))
         self._engine.step()
         if self._optimizer.overflow is finite:
             raise RuntimeError(f"DeepSpeed judged the gradient otherwise than its norms {grad_norms} say")
@@ -105,30 +122,36 @@ class TrainingEngine:
             if self._config.learner.offload != "none" and self._config.learner.zero_stage < 3:
                 # DeepSpeed would add the next gradients to these.
                 self._optimizer.averaged_gradients.clear()
-            return Update(finite, grad_norms, dict.fromkeys(grad_norms, 0.0))
+            return self._with_ranks(Update(finite, grad_norms, dict.fromkeys(grad_norms, 0.0)))
         if self._molf is not None:
-            return Update(finite, grad_norms, self._roots(self._molf.update_squares()), self._molf.routing)
-        return Update(finite, grad_norms, self._norms(self._updates()))
+            norms, routing = self._roots(self._molf.update_squares()), self._molf.routing
+            update = Update(finite, grad_norms, norms, routing.selections, routing.scores)
+        else:
+            update = Update(finite, grad_norms, self._norms(self._updates()))
+        if self._allocation is not None and self._allocation.allocate(self._master_pieces()):
+            self._forget_whole()
+            self._masters_changed()
+        return self._with_ranks(update)
 
     @contextmanager
     def only(self, parts: Collection[str]) -> Iterator[None]:
         """Inside, the policy is the base model with these of its `PARTS`: without `full`, the full matrices have their
-        original weights; without `lora`, LoRA contributes nothing.
+        original weights; without `lora`, adapters contribute nothing.
 
         Weights are exchanged in place, each rank's share of them under ZeRO-3. Without `algo.kl_coef` the originals are
         read from the model's files for as long as they are needed.
         """
-        layers: list[Any] = []
-        if "lora" not in parts:
-            layers = [m for m in self._adapted.model.modules() if hasattr(m, "lora_A")]
+        adapters = [] if "lora" in parts else list(self._adapted.adapters.values())
         originals = [] if "full" in parts else self._originals or self._read_originals()
         self._exchange(originals)
-        _set_scales(layers, 0.0)
+        for adapter in adapters:
+            adapter.switch(False)
         try:
             yield
         finally:
             self._exchange(originals)
-            _set_scales(layers, 1.0)
+            for adapter in adapters:
+                adapter.switch(True)
 
     def gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
         """Context in which these parameters are whole (ZeRO-3 keeps them partitioned)."""
@@ -144,14 +167,13 @@ class TrainingEngine:
         for masters in self._masters():
             for master in masters:
                 master.add_(scale * torch.randn(master.shape, generator=noise).to(master.device))
-        if hasattr(self._optimizer, "update_lp_params"):
-            self._optimizer.update_lp_params()
-        else:  # ZeRO-3
-            for i in range(len(self._optimizer.fp32_partitioned_groups_flat)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        self._masters_changed()
 
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer's state and of the trained weights."""
+        if self._allocation is not None and deepspeed.comm.get_rank() == 0:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            self._allocation.save(Path(directory))
         self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: str) -> None:
@@ -159,6 +181,8 @@ class TrainingEngine:
         path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
+        if self._allocation is not None:
+            self._allocation.load(Path(directory))
 
     def _molf_adam(self, settings: Mapping[str, Any]) -> MolfAdamW:
         learner, molf = self._config.learner, self._config.molf
@@ -241,11 +265,19 @@ class TrainingEngine:
             return {i: master.grad for i, master in self._partitions().items() if master.grad is not None}
         return self._optimizer.averaged_gradients
 
-    def _flat_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each master with its gradient, as DeepSpeed will give it to the optimizer, one at a time."""
+    def _gradient_pieces(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Each master with its gradient, as DeepSpeed will give it to the optimizer: tensors to be put in a row."""
         found = self._partition_gradients()
         for i, master in self._partitions().items():
-            parts = [found[i]] if isinstance(found[i], Tensor) else found[i]
+            yield master, [found[i]] if isinstance(found[i], Tensor) else found[i]
+
+    def _master_pieces(self) -> dict[Tensor, list[Tensor]]:
+        """The masters themselves in the same form."""
+        return {master: [master] for masters in self._masters() for master in masters}
+
+    def _flat_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same put in a row, one at a time."""
+        for master, parts in self._gradient_pieces():
             flat = parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
             yield master, nn.functional.pad(flat, (0, master.numel() - flat.numel()))
 
@@ -253,8 +285,8 @@ class TrainingEngine:
         """Where in its masters this rank holds its share of each parameter, by their order and sizes.
 
         What masters have besides, the padding, is set to 0: ZeRO-3 leaves there whatever memory held, and decay would
-        count in the norms of updates. Raises `RuntimeError` if masters hold other values than the parameters have, or
-        the shares of all ranks are not the whole.
+        count in the norms of updates. Raises `RuntimeError` on every rank if masters have other values in these places
+        than a parameter has, or do not have all of it together.
         """
         names = {p: name for name, p in self._adapted.model.named_parameters()}
         parameters = [p for group in self._groups for p in group.parameters]
@@ -263,16 +295,16 @@ class TrainingEngine:
             done = dict.fromkeys(masters, 0)
             for parameter, fragment, values in self._shares(group, masters):
                 held, stop = fragment.master.detach(), fragment.start + fragment.length
-                if not torch.equal(held[fragment.start : stop].to(values), values):
-                    raise RuntimeError(f"DeepSpeed holds {names[parameter]} elsewhere than at {fragment.start}:{stop}")
-                held[done[fragment.master] : fragment.start] = 0
-                found[parameter], done[fragment.master] = fragment, stop
+                if torch.equal(held[fragment.start : stop].to(values), values):
+                    held[done[fragment.master] : fragment.start] = 0
+                    found[parameter], done[fragment.master] = fragment, stop
             for master, stop in done.items():
                 master.detach()[stop:] = 0
-        held = self._total(torch.tensor([found[p].length if p in found else 0 for p in parameters]))
-        for parameter, size in zip(parameters, held.tolist(), strict=True):
-            if size != math.prod(whole_shape(parameter)):
-                raise RuntimeError(f"DeepSpeed's shares hold {size} elements of {names[parameter]}")
+        sizes = self._total(torch.tensor([found[p].length if p in found else 0 for p in parameters]))
+        for parameter, size in zip(parameters, sizes.tolist(), strict=True):
+            if size != (whole := math.prod(whole_shape(parameter))):
+                where = "where its order of parameters has them"
+                raise RuntimeError(f"DeepSpeed holds {size} of {whole} elements of {names[parameter]} {where}")
         return found
 
     def _shares(
@@ -287,7 +319,7 @@ class TrainingEngine:
                 start, stop = max(at, 0), min(at + parameter.numel(), masters[0].numel())
                 if start < stop:
                     values = parameter.detach().flatten()[start - at : stop - at]
-                    yield parameter, Fragment(masters[0], start, stop - start), values
+                    yield parameter, Fragment(masters[0], start, stop - start, start - at), values
                 at += parameter.numel()
             return
         # Each rank has as much of every parameter, which is padded; a master has some parameters' shares in a row.
@@ -297,7 +329,7 @@ class TrainingEngine:
                 index, at = index + 1, 0
             length = min(share.numel(), math.prod(whole_shape(parameter)) - rank * share.numel())
             if length > 0:
-                yield parameter, Fragment(masters[index], at, length), share[:length]
+                yield parameter, Fragment(masters[index], at, length, rank * share.numel()), share[:length]
             at += share.numel()
 
     def _updates(self) -> Iterator[Iterator[Tensor]]:
@@ -342,6 +374,19 @@ class TrainingEngine:
                 for tensor in tensors:
                     tensor.mul_(self._max_norm[group.part] / parts[group.part])
 
+    def _with_ranks(self, update: Update) -> Update:
+        if self._allocation is None:
+            return update
+        return replace(update, ranks=self._allocation.ranks, budget=self._allocation.budget)
+
+    def _masters_changed(self) -> None:
+        """Give the parameters what their fp32 masters have been set to."""
+        if hasattr(self._optimizer, "update_lp_params"):
+            self._optimizer.update_lp_params()
+        else:  # ZeRO-3
+            for i in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(i)
+
     def _forget_whole(self) -> None:
         """Before shares are changed: ZeRO-3 keeps some parameters whole from one pass to the next, and would compute
         with what they were."""
@@ -379,12 +424,6 @@ def part_norms(norms: Mapping[str, float]) -> dict[str, float]:
 def _held(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter: all of it, or a share under ZeRO-3."""
     return getattr(parameter, "ds_tensor", parameter.data).detach()
-
-
-def _set_scales(layers: Sequence[Any], scale: float) -> None:
-    for layer in layers:
-        for name in layer.scaling:
-            layer.set_scale(name, scale)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -41,23 +41,32 @@ _SUMS = (
 class Measures:
     """Gathers over the micro-batches of a step. What an update saw that was then skipped does not count."""
 
-    def __init__(self, device: torch.device, *, counts: bool = True) -> None:
-        """Only ranks that `counts` are heard."""
-        self._device, self._counts = device, counts
-        self._sums = dict.fromkeys(_SUMS, torch.zeros((), dtype=torch.float64, device=device))
+    def __init__(self, device: torch.device, *, counts: bool = True, ranks: Sequence[int] = ()) -> None:
+        """Only ranks that `counts` are heard. `ranks`: those of Matryoshka layers that have metrics of their own."""
+        self._device, self._counts, self._ranks = device, counts, tuple(ranks)
+        names = (*_SUMS, *(f"{what}_{k}" for k in ranks for what in ("loss", "rollout_kl", "rollout_tokens")))
+        self._sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64, device=device))
         self._values: dict[str, list[Tensor]] = {"log_ratio": [], "rollout_kl": [], "rollout_diff": []}
         self._update: tuple[dict[str, Tensor | float], list[Tensor]] = ({}, [])
         self._updates = 0
         self._diverges = False
 
     def see_objective(
-        self, result: Objective, logprobs_T: Tensor, old_T: Tensor, entropy_T: Tensor, first: bool
+        self,
+        result: Objective,
+        logprobs_T: Tensor,
+        old_T: Tensor,
+        entropy_T: Tensor,
+        first: bool,
+        rank: int | None = None,
+        share: float = 1.0,
     ) -> None:
-        """One micro-batch's loss; `first`: before any update, when nothing may be clipped yet."""
+        """One micro-batch's loss, which counts `share` times and is that of Matryoshka layers at `rank`; `first`:
+        before any update, when nothing may be clipped yet."""
         low, high = (0.0 if t is None else t.sum() for t in (result.tokens.low_T, result.tokens.high_T))
         count = logprobs_T.numel()
         seen = {
-            "loss": result.loss.detach().double(),
+            "loss": share * result.loss.detach().double(),
             "passes": count,
             "low": low,
             "high": high,
@@ -69,6 +78,8 @@ class Measures:
             "first_clipped": low + high if first else 0,
             "kl": 0.0 if result.kl_T is None else result.kl_T.detach().double().sum(),
         }
+        if rank in self._ranks:
+            seen[f"loss_{rank}"] = result.loss.detach().double()
         sums, ratios = self._update
         for name, value in seen.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -88,17 +99,22 @@ class Measures:
         """What is trained on, once, however often it is gone through."""
         self._add({"tokens": batch.at_T.numel(), "padding": batch.padding})
 
-    def see_rollout(self, logprobs_T: Tensor, batch: MicroBatch) -> None:
-        """How far the learner is from the engine at the weights that sampled, on the same tokens."""
+    def see_rollout(self, logprobs_T: Tensor, batch: MicroBatch, rank: int | None = None) -> None:
+        """How far the learner, with Matryoshka layers at `rank`, is from the engine at the weights that sampled, on the
+        same tokens."""
         self._keep("rollout_diff", [(logprobs_T - batch.rollout_logprobs_T).abs()])
         # KL(rollout || learner): the tokens were sampled by the rollout engine.
-        self._keep("rollout_kl", [kl_T("k3", batch.rollout_logprobs_T, logprobs_T)])
+        divergence_T = kl_T("k3", batch.rollout_logprobs_T, logprobs_T)
+        self._keep("rollout_kl", [divergence_T])
+        if rank in self._ranks:
+            seen = {f"rollout_kl_{rank}": divergence_T.double().sum(), f"rollout_tokens_{rank}": len(divergence_T)}
+            self._add(seen)
 
     def metrics(self) -> dict[str, float]:
         """Of all ranks together, and equal on each."""
-        together = torch.stack([self._sums[name] for name in _SUMS])
+        together = torch.stack(list(self._sums.values()))
         torch.distributed.all_reduce(together)
-        sums = dict(zip(_SUMS, together.tolist(), strict=True))
+        sums = dict(zip(self._sums, together.tolist(), strict=True))
         passes = max(sums["passes"], 1.0)
         ratios = self._gathered("log_ratio").exp()
         rollout_kl, difference = self._gathered("rollout_kl"), self._gathered("rollout_diff")
@@ -123,6 +139,9 @@ class Measures:
         }
         if self._diverges:
             metrics["policy/kl"] = sums["kl"] / passes
+        for k in self._ranks:
+            metrics[f"matryoshka/loss_{k}"] = sums[f"loss_{k}"] / max(self._updates, 1)
+            metrics[f"matryoshka/rollout_kl_{k}"] = sums[f"rollout_kl_{k}"] / max(sums[f"rollout_tokens_{k}"], 1.0)
         return metrics
 
     def _add(self, values: Mapping[str, Tensor | float]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from hybrid_rl.adaptation import AdaptedModel
+from hybrid_rl.adaptation.matryoshka import TrainedRanks
 from hybrid_rl.algorithms import find_loss, kl_T, policy_objective
 from hybrid_rl.config import Config
 from hybrid_rl.flops import Flops
@@ -20,13 +22,22 @@ from hybrid_rl.learner.measures import ALWAYS, Measures
 from hybrid_rl.learner.sequence_parallel import SequenceGroup
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence
 
+_Passed = dict[tuple[int, int | None], list[Tensor]]
+"""Log-probabilities by mini-batch and rank of the Matryoshka layers; a tensor a micro-batch."""
+_Planned = tuple[int, dict[int | None, float]]
+"""An update's mini-batch, and its `TrainedRanks`."""
+
 
 class PolicyUpdate:
-    """Trains an engine as `algo` says. Every method is a collective operation."""
+    """Trains an engine as `algo` says. Every method is a collective operation.
+
+    Matryoshka layers are as they are trained, except while an update is about other ranks of theirs (`TrainedRanks`).
+    """
 
     def __init__(
         self,
         engine: TrainingEngine,
+        adapted: AdaptedModel,
         config: Config,
         *,
         layout: Layout,
@@ -37,7 +48,8 @@ class PolicyUpdate:
         peak_tflops: float | None,
     ) -> None:
         """`together`: the ranks that share this one's sequences; `peak_tflops`: of a device, if it is known."""
-        self._engine, self._config, self._algo = engine, config, config.algo
+        self._engine, self._adapted, self._config, self._algo = engine, adapted, config, config.algo
+        self._nested = TrainedRanks(adapted.nestings, config.seed)
         self._loss = find_loss(config.algo.loss)
         self._layout: Layout = layout
         self._together, self._rank, self._device = together, rank, device
@@ -49,31 +61,31 @@ class PolicyUpdate:
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
         self._seconds = {"logprob": 0.0, "train": 0.0}
-        measures = Measures(self._device, counts=self._speaks)
+        compared = self._nested.ranks if self._nested.loss == "per_rank" else ()
+        measures = Measures(self._device, counts=self._speaks, ranks=compared)
         shards = [self._shard(m) for m in batch.mini_batches]
+        order = [*range(len(shards))] * self._config.batch.epochs
+        planned = [(i, self._nested.of(batch.step, n)) for n, i in enumerate(order)]
         with self._timed("logprob"):
             references = self._reference_logprobs(shards)
-            # The first mini-batch trains on the weights that sampled, so its own first pass gives the old ones. Against
-            # the engine's, no mini-batch needs the learner's.
-            later = shards[1:] if self._algo.old_logprobs == "learner" else []
-            olds: list[list[Tensor] | None] = [None, *([self._logprobs(b) for b in shard] for shard in later)]
-            olds += [None] * (len(shards) - len(olds))
+            olds = self._old_logprobs(shards, planned)
         updates: list[Update] = []
         with self._timed("train"):
-            for epoch in range(self._config.batch.epochs):
-                for i, shard in enumerate(shards):
-                    passed = self._backward(shard, olds[i], references[i], measures, first=epoch == i == 0)
-                    if i == 0:
-                        olds[0] = olds[0] or passed
-                    updates.append(self._engine.step(batch.lr_scale))
-                    measures.close_update(updates[-1].applied)
-        for shard, old in zip(shards, olds, strict=True):
-            for i, micro_batch in enumerate(shard):
-                measures.see_batch(micro_batch)
-                if old is not None:
-                    measures.see_rollout(old[i], micro_batch)
+            for i, ranks in planned:
+                passed = self._backward(shards[i], i, ranks, olds, references[i], measures, first=not updates)
+                olds = olds if updates else olds | passed
+                updates.append(self._engine.step(batch.lr_scale))
+                measures.close_update(updates[-1].applied)
+        for micro_batch in (b for shard in shards for b in shard):
+            measures.see_batch(micro_batch)
+        for (i, rank), old in olds.items():
+            for old_T, micro_batch in zip(old, shards[i], strict=True):
+                measures.see_rollout(old_T, micro_batch, rank)
         metrics = dict.fromkeys(ALWAYS, 0.0) | measures.metrics()
-        return StepStats(metrics | _update_metrics(updates) | self._throughput(batch), self._seconds)
+        metrics |= _update_metrics(updates) | self._throughput(batch, sum(len(ranks) for _, ranks in planned))
+        if self._nested.loss == "sampled":
+            metrics["matryoshka/rank"] = _mean([float(k) for _, ranks in planned for k in ranks if k is not None])
+        return StepStats(metrics, self._seconds, _stepped(updates))
 
     @torch.no_grad()
     def divergences(self, sequences: Sequence[TrainSequence]) -> list[float]:
@@ -106,29 +118,47 @@ class PolicyUpdate:
         torch.distributed.all_reduce(total_T)
         return [part.tolist() for part in total_T.split(lengths)]
 
+    def _old_logprobs(self, shards: Sequence[Sequence[MicroBatch]], planned: Sequence[_Planned]) -> _Passed:
+        """The policy's before the step's first update, as its updates need them."""
+        if self._algo.old_logprobs == "rollout":  # against the engine's, no mini-batch needs the learner's
+            return {}
+        wanted = dict.fromkeys((i, rank) for i, ranks in planned for rank in ranks)
+        # The first update is of the weights that sampled, so its own passes give the old ones.
+        first = {(i, rank) for i, ranks in planned[:1] for rank in ranks}
+        olds: _Passed = {}
+        for i, rank in (key for key in wanted if key not in first):
+            with self._adapted.at_rank(rank):
+                olds[i, rank] = [self._logprobs(b) for b in shards[i]]
+        return olds
+
     def _backward(
         self,
         shard: Sequence[MicroBatch],
-        olds: Sequence[Tensor] | None,
+        index: int,
+        ranks: Mapping[int | None, float],
+        olds: _Passed,
         references: Sequence[Tensor] | None,
         measures: Measures,
         *,
         first: bool,
-    ) -> list[Tensor]:
-        """Gradient of a mini-batch. Returns this pass's log-probabilities, which are the old ones where none are given;
-        `first`: before any update."""
-        passed: list[Tensor] = []
-        for i, batch in enumerate(shard):
-            logprobs_T, entropy_T = self._forward(batch, "grad" if self._algo.entropy_coef else True)
-            passed.append(logprobs_T.detach())
-            old_T = passed[i] if olds is None else olds[i]
-            if self._algo.old_logprobs == "rollout":
-                old_T = batch.rollout_logprobs_T
-            reference_T = None if references is None else references[i]
-            tokens = batch.tokens(logprobs_T, old_T, reference_logprobs_T=reference_T, entropy_T=entropy_T)
-            result = policy_objective(tokens, self._algo, self._loss)
-            self._engine.backward(result.loss, last=i == len(shard) - 1)
-            measures.see_objective(result, logprobs_T, old_T, entropy_T, first)
+    ) -> _Passed:
+        """Gradient of mini-batch number `index` at `ranks`. Returns these passes' log-probabilities, which are the old
+        ones where `olds` has none; `first`: before any update."""
+        passed: _Passed = {(index, rank): [] for rank in ranks}
+        for rank, share in ranks.items():
+            with self._adapted.at_rank(rank):
+                for i, batch in enumerate(shard):
+                    logprobs_T, entropy_T = self._forward(batch, "grad" if self._algo.entropy_coef else True)
+                    passed[index, rank].append(logprobs_T.detach())
+                    old_T = olds.get((index, rank), passed[index, rank])[i]
+                    if self._algo.old_logprobs == "rollout":
+                        old_T = batch.rollout_logprobs_T
+                    reference_T = None if references is None else references[i]
+                    tokens = batch.tokens(logprobs_T, old_T, reference_logprobs_T=reference_T, entropy_T=entropy_T)
+                    result = policy_objective(tokens, self._algo, self._loss)
+                    last = rank == list(ranks)[-1] and i == len(shard) - 1
+                    self._engine.backward(share * result.loss, last=last)
+                    measures.see_objective(result, logprobs_T, old_T, entropy_T, first, rank, share)
         return passed
 
     def _forward(self, batch: MicroBatch, entropy: Entropy) -> tuple[Tensor, Tensor]:
@@ -167,15 +197,15 @@ class PolicyUpdate:
         indices = self._indices(sequences)
         return [collate([sequences[i] for i in some], self._layout, self._device) for some in indices]
 
-    def _throughput(self, batch: TrainBatch) -> dict[str, float]:
-        """Of the training passes, by this rank's clock; the FLOPs are those of all ranks."""
+    def _throughput(self, batch: TrainBatch, passes: int) -> dict[str, float]:
+        """Of the training passes, each over one mini-batch, by this rank's clock; the FLOPs are those of all ranks."""
         sequences = [s for m in batch.mini_batches for s in m]
         lengths = [s.length for s in sequences]
         predicted = sum(len(sampled(s)) for s in sequences)
-        epochs, seconds = self._config.batch.epochs, self._seconds["train"]
+        times, seconds = passes / len(batch.mini_batches), self._seconds["train"]
         ranks = self._config.learner.world_size
-        tflops = epochs * self._flops.training(lengths, predicted) / seconds / ranks / 1e12
-        rates = {"throughput/train_tokens": epochs * sum(lengths) / seconds, "throughput/tflops": tflops}
+        tflops = times * self._flops.training(lengths, predicted) / seconds / ranks / 1e12
+        rates = {"throughput/train_tokens": times * sum(lengths) / seconds, "throughput/tflops": tflops}
         if self._peak is not None:
             rates["throughput/mfu"] = tflops / self._peak
         return rates
@@ -202,7 +232,21 @@ def _update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     for part in part_norms(updates[0].grad_norms):
         metrics[f"grad_norm/{part}"] = _mean([part_norms(u.grad_norms)[part] for u in kept])
         metrics[f"part/{part}/update_norm"] = _mean([part_norms(u.update_norms)[part] for u in kept])
+    chosen = [selection for u in kept for selection in u.selections.values()]
+    for expert in range(max(map(len, chosen), default=0)):
+        metrics[f"molf/share_{expert}"] = _mean([float(s[expert]) for s in chosen if expert < len(s)])
+    if updates[-1].ranks:
+        metrics["adalora/budget"] = updates[-1].budget
+        metrics["adalora/mean_rank"] = _mean([float(rank) for rank in updates[-1].ranks.values()])
     return metrics
+
+
+def _stepped(updates: Sequence[Update]) -> dict[str, tuple[int, ...]]:
+    """By module with experts: how many of the updates went to each."""
+    modules = dict.fromkeys(name for u in updates for name in u.selections)
+    return {
+        m: tuple(map(sum, zip(*(u.selections[m] for u in updates if m in u.selections), strict=True))) for m in modules
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

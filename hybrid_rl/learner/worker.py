@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hybrid_rl.adaptation import PARTS, WEIGHTS, apply_plan, parameter_groups, write_weights
+from hybrid_rl.adaptation import PARTS, WEIGHTS, apply_plan, parameter_groups, read_start, write_weights
 from hybrid_rl.algo import AlgoConfig
 from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
@@ -40,7 +40,7 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import probe_plan, select_candidates
 from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
-from hybrid_rl.weight_sync import Meeting, Publisher, Transport, digest, open_store, served_tensors
+from hybrid_rl.weight_sync import Meeting, Transport, digest, open_publisher, open_store, served_tensors
 
 
 class LearnerWorker:
@@ -48,13 +48,7 @@ class LearnerWorker:
         self._config = config
         self._rank = rank
         self._transport = transport
-        self._publisher = Publisher(
-            transport,
-            dtype=getattr(torch, config.model.dtype),
-            bucket_bytes=config.sync.bucket_mib * 2**20,
-            anchor_every=config.sync.anchor_every,
-            sparse=config.sync.encoding == "auto",
-        )
+        self._publisher = open_publisher(config, transport)
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the process group at `address:port`, load the base model and find out how it may be computed.
@@ -187,18 +181,21 @@ class LearnerWorker:
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         plan = AdaptationPlan.from_json(plan_json)
         self._adapted = apply_plan(self._model, plan)
+        if self._config.plan.start is not None:
+            read_start(self._adapted, Path(self._config.plan.start))
         self._publisher.restart()
         self._read_policy()
         groups = parameter_groups(self._adapted, plan)
         before = self._digests()
         self._model.train()
-        self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
+        self._engine = TrainingEngine(self._policy, self._adapted, groups, self._engine_config())
         changed = [name for name, value in self._digests().items() if value != before[name]]
         if changed:
             raise RuntimeError(f"DeepSpeed changed {changed[0]} while it initialised")
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._update = PolicyUpdate(
             self._engine,
+            self._adapted,
             self._config,
             layout=self._layout,
             together=self._together,
@@ -207,6 +204,13 @@ class LearnerWorker:
             flops=count_flops(self._anatomy, plan, self._model.config),
             peak_tflops=self._config.learner.peak_tflops or peak_tflops(device, self._config.model.dtype),
         )
+
+    def _engine_config(self) -> Config:
+        """Where training starts from an export, the engine must not keep what it starts from as the base model's
+        weights: without a KL coefficient it reads these from the model's files whenever they are needed."""
+        if self._config.plan.start is None:
+            return self._config
+        return self._config.model_copy(update={"algo": self._config.algo.model_copy(update={"kl_coef": 0.0})})
 
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
@@ -265,9 +269,13 @@ class LearnerWorker:
     def _gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
         return self._engine.gathered(*parameters) if self._built else nullcontext()
 
-    def _digests(self) -> Mapping[str, str]:
-        tensors = served_tensors(self._adapted, gathered=self._gathered)
-        return {name: digest(tensor.to(self._dtype)) for name, tensor in tensors}
+    def _digests(self) -> dict[str, str]:
+        """Of every trained parameter, in the precision that it is computed with."""
+        found = {}
+        for name, parameter in self._adapted.trained.items():
+            with self._gathered(parameter):
+                found[name] = digest(parameter.detach().to(self._dtype))
+        return found
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from hybrid_rl.config import ConfigError
 from hybrid_rl.rollout.engine import ADAPTER_RANKS, EngineSettings
 from hybrid_rl.types import Completion, Progress, Receipt, Request, WeightUpdate
@@ -278,4 +280,11 @@ def _model_config(settings: EngineSettings) -> Any:
         dtype=settings.dtype,  # type: ignore[arg-type]
         trust_remote_code=settings.trust_remote_code,
     )
-    return arguments.create_model_config()
+    try:
+        return arguments.create_model_config()
+    except ValidationError as error:  # an architecture that it does not know, or lacks a package for
+        reason = "; ".join(e["msg"] for e in error.errors())
+        raise ConfigError(
+            f"rollout.engine=vllm cannot serve model.path={settings.model_path!r}: {reason} (where it knows the "
+            "architecture, a package is missing: its log names it); use rollout.engine=transformers"
+        ) from error

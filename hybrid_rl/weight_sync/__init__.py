@@ -2,7 +2,7 @@
 
 from hybrid_rl.weight_sync.base import BaseFiles
 from hybrid_rl.weight_sync.codec import Record, digest, encode_tensor, lora_factors, lora_names, pack, unpack
-from hybrid_rl.weight_sync.publish import Publisher
+from hybrid_rl.weight_sync.publish import Publisher, open_publisher
 from hybrid_rl.weight_sync.receipts import SyncMismatch, verify_receipts
 from hybrid_rl.weight_sync.serve import served_tensors
 from hybrid_rl.weight_sync.transport import (
@@ -32,6 +32,7 @@ __all__ = [
     "fetch",
     "lora_factors",
     "lora_names",
+    "open_publisher",
     "open_store",
     "pack",
     "served_tensors",

@@ -30,6 +30,13 @@ class BaseFiles:
                 self._files = dict.fromkeys(opened.keys(), single)
         self._open: dict[str, Any] = {}
 
+    def by_file(self) -> dict[Path, list[str]]:
+        """Names in the files, by the file that they are in; empty where there are no safetensors files."""
+        names: dict[Path, list[str]] = {}
+        for name, path in self._files.items():
+            names.setdefault(Path(path), []).append(name)
+        return names
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises `KeyError` if the files have no such tensor."""
         return tuple(self._slice(name).get_shape())
@@ -39,14 +46,17 @@ class BaseFiles:
         return self._slice(name)[:]
 
     def _slice(self, name: str) -> Any:
-        key = self._key(name)
+        key = self.key(name)
         file = self._files[key]
         if file not in self._open:
             self._open[file] = safe_open(file, "pt").__enter__()
         return self._open[file].get_slice(key)
 
-    def _key(self, name: str) -> str:
-        """The name in the files: of models that transformers loads as part of a larger one, with another prefix."""
+    def key(self, name: str) -> str:
+        """The name in the files: of models that transformers loads as part of a larger one, with another prefix.
+
+        Raises `KeyError` if they have none.
+        """
         if name in self._files:
             return name
         tail = "." + name.removeprefix("model.")

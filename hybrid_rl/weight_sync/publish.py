@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_rl.config import Config
 from hybrid_rl.types import Bucket, WeightUpdate
 from hybrid_rl.weight_sync.codec import Parts, digest, encode_tensor, pack, size
 from hybrid_rl.weight_sync.transport import Transport, contents, digest_bytes
@@ -19,6 +20,17 @@ _PATIENCE = 16
 _MOST_DELTAS = 2.0
 """Once the bytes of all updates since an anchor have added up to more than this many times the anchor's, the next is an
 anchor: they are all kept, and a replaced engine is sent them all."""
+
+
+def open_publisher(config: Config, transport: Transport) -> Publisher:
+    """Publishes in `model.dtype`, as `sync` says."""
+    return Publisher(
+        transport,
+        dtype=getattr(torch, config.model.dtype),
+        bucket_bytes=config.sync.bucket_mib * 2**20,
+        anchor_every=config.sync.anchor_every,
+        sparse=config.sync.encoding == "auto",
+    )
 
 
 class Publisher:

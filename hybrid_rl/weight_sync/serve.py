@@ -28,8 +28,12 @@ def served_tensors(
                 yield name, parameter
     for module, adapter in adapted.adapters.items():
         if module in adapted.merged:
-            with gathered(adapter.base, *adapter.needed):
-                yield f"{module}.weight", adapter.weight() if "lora" in parts else adapter.base
+            base = dict(adapter.layer.get_base_layer().named_parameters())
+            with gathered(*base.values(), *adapter.needed):
+                on = "lora" in parts
+                yield f"{module}.weight", adapter.weight() if on else base["weight"]
+                if (bias := adapter.bias()) is not None:
+                    yield f"{module}.bias", bias if on else base["bias"]
         else:
             with gathered(*adapter.needed):
                 yield from _factors(module, adapter.factors(), adapted.sent_rank, "lora" in parts)

@@ -55,11 +55,19 @@ class VllmLayout:
         self._tp = get_tp_group()
 
     def weight(self, name: str, shape: tuple[int, ...] | None) -> list[Piece]:
-        module = name.removesuffix(".weight")
-        found = self._locate(module) if module != name else None
+        module, _, leaf = name.rpartition(".")
+        found = self._locate(module) if leaf in ("weight", "bias") else None
         layer: Any = _unwrapped(found[0]) if found else None
         if found is None or not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return [Piece(self._parameter(name, shape))]
+        if leaf == "bias":
+            bias: Any = getattr(layer, "bias", None)
+            if bias is None:
+                raise NotServed(f"{name}: vLLM's {type(layer).__name__} has no bias")
+            if isinstance(layer, RowParallelLinear):
+                return [Piece(bias.data)]
+            sections = self._sections(module, *found)
+            return [Piece(bias.data.narrow(0, s.offset, s.held), 0, start) for s, start in sections]
         if module.endswith("kv_b_proj"):
             raise NotServed(f"{name}: vLLM computes multi-head latent attention from other forms of it")
         weight: Any = layer.weight.data

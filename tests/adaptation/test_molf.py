@@ -88,6 +88,7 @@ class Reference:
         self.weights = {p: p.detach().double() for p in _parameters(experts, plain)}
         self.m = {p: torch.zeros_like(w) for p, w in self.weights.items()}
         self.v = {p: torch.zeros_like(w) for p, w in self.weights.items()}
+        self.scores: dict[str, list[float]] = {}
         self.scores_seen: dict[tuple[str, int], list[float]] = {}
         self.experts, self.plain = experts, plain
 
@@ -106,6 +107,7 @@ class Reference:
                 for e in range(len(of_module))
             ]
             scores = [self._score(module, e, rates[e]) for e in range(len(of_module))]
+            self.scores[module] = scores
             winners: list[int] = []
             for _ in range(min(self.case.options.get("top_k", 1), len(of_module))):
                 best = None
@@ -173,6 +175,7 @@ def test_fifty_steps_equal_the_formulas(case: Case):
         assert {m: list(s) for m, s in optimizer.routing.selections.items()} == wanted, step
         for module, selection in wanted.items():
             chosen[module].add(tuple(selection))
+            assert optimizer.routing.scores[module] == pytest.approx(reference.scores[module], rel=1e-5)
         for p, weight in reference.weights.items():
             torch.testing.assert_close(p.double(), weight, atol=1e-6, rtol=1e-6)
             state = optimizer.state[p]
@@ -450,6 +453,8 @@ def test_what_does_not_fit_is_refused():
     optimizer.param_groups[0]["params"] = [master]
     with pytest.raises(RuntimeError, match="step without route"):
         optimizer.step()
+    with pytest.raises(RuntimeError, match="cannot use"):
+        optimizer.route([(torch.ones(9), torch.ones(9))])
     with pytest.raises(RuntimeError, match="0 of 1"):
         optimizer.route([])
     optimizer.route([(master, torch.ones(9))])

@@ -1,0 +1,239 @@
+"""`hybrid-rl eval` measures what the run measured, and any rank of a Matryoshka policy; nothing else gets a worker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_rl.adaptation import apply_plan
+from hybrid_rl.adaptation.matryoshka import TrainedRanks
+from hybrid_rl.cli import main
+from hybrid_rl.config import ConfigError, WarmStartConfig
+from hybrid_rl.config_file import load_config, parse_config
+from hybrid_rl.evaluate import aurac
+from hybrid_rl.export import FORMATS, export_run
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.tracking import RunDirectory, read_metrics
+from trainers.evaluation import evaluate_policy
+from trainers.grpo import train
+from trainers.setup import meta_model
+
+PLUGIN = '''
+def variety(completions, **columns):
+    """Never the same for a whole group, and other for nearly every policy."""
+    return [len(set(c)) / 16 + (sum(map(ord, c)) % 97) * 0.001 for c in completions]
+'''
+
+
+def tree_of(model: Path, where: Path, **changes: Any) -> dict[str, Any]:
+    """Two steps of Matryoshka on the tiny model, in this process; `where` gets the reward and the run."""
+    plugin = where / "variety.py"
+    plugin.write_text(PLUGIN)
+    tree = {
+        "model": {"path": str(model)},
+        "data": {"train": "arithmetic@train", "eval": "arithmetic@eval", "eval_size": 8, "max_prompt_length": 16},
+        "sampling": {"max_completion_length": 6},
+        "rewards": [{"plugin": f"{plugin}:variety"}],
+        "steps": 2,
+        "batch": {"prompts": 4, "num_generations": 4},
+        "adaptation": "matryoshka",
+        "matryoshka": {"loss": "sampled"},
+        "lora": {"rank": 4, "lr": 0.05},
+        "learner": {"world_size": 1},
+        "rollout": {"engine": "transformers"},
+        "cluster": {"backend": "inline"},
+        "checkpoint": {"every": 1},
+        "eval": {"k": 2, "every": 1},
+        "tracking": {"wandb": "disabled"},
+        "run": {"dir": str(where / "run")},
+    }
+    return {**tree, **changes}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return train(parse_config(tree_of(tiny_model, tmp_path_factory.mktemp("evaluated"))), name="evaluated")
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting any worker fails the test."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        pytest.fail("a worker was started")
+
+    monkeypatch.setattr("hybrid_rl.cluster.inline.InlineCluster.start", refuse)
+
+
+def without_prefix(metrics: Any) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+
+
+def test_a_policy_scores_as_it_did_in_its_run(run: RunDirectory):
+    """The base model as before the run, each checkpoint as when it was saved."""
+    config, summary, rows = load_config(run.config, []), run.read_summary(), read_metrics(run.metrics)
+    before, after = without_prefix(summary["eval_before"]), without_prefix(summary["eval_after"])
+    assert before != after
+    base = evaluate_policy(config)
+    assert base.scores == before
+    assert (base.problems, base.verified_engines, base.ranks, base.aurac) == (8, 0, {}, {})
+    first = evaluate_policy(config, checkpoint=run.checkpoints / "step_000001")
+    assert first.scores == without_prefix(rows[0])
+    assert first.source["step"] == first.verified_engines == 1
+    # What was drawn goes by the number of the step, so that a resumed run draws the same.
+    plan = AdaptationPlan.load(run.plan)
+    nestings = apply_plan(meta_model(config), plan).nestings
+    drawn = [next(iter(TrainedRanks(nestings, config.seed).of(step, 0))) for step in (1, 2)]
+    assert [row["matryoshka/rank"] for row in rows] == drawn
+
+
+def test_ranks_are_evaluated_drawn_and_written(run: RunDirectory, capsys: pytest.CaptureFixture, tmp_path: Path):
+    arguments = ["eval", str(run.config), "--checkpoint", str(run.path), "--ranks", "4,1,2", "--json"]
+    assert main(arguments) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert json.loads((run.path / "eval_ranks.json").read_text()) == result
+    assert (run.path / "eval_ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert any("as trained" in line for line in printed)
+    after = without_prefix(run.read_summary()["eval_after"])
+    names = ("accuracy", "mean_at_k", "truncated", "unscored")
+    assert {name: result[name] for name in names} == after
+    assert [each["rank"] for each in result["ranks"]] == [1, 2, 4]
+    # What is trained by ranks drawn is, as a whole, the largest.
+    assert {name: result["ranks"][-1][name] for name in names} == after
+    accuracies = [each["accuracy"] for each in result["ranks"]]
+    assert len(set(accuracies)) == 3, "each rank is a policy of its own"
+    assert result["aurac"] == {
+        "linear": aurac([1, 2, 4], accuracies, log=False),
+        "log2": aurac([1, 2, 4], accuracies, log=True),
+    }
+    assert result["plan_hash"] == run.read_summary()["plan_hash"]
+    assert result["checkpoint"].endswith("checkpoints/step_000002")
+    assert (result["problems"], result["verified_engines"], result["step"]) == (8, 4, 2)
+    assert result["answers"]["greedy"]["temperature"] == 0
+    assert result["answers"]["sampled"]["n"] == 2
+    assert result["answers"]["greedy"]["stop"] == []
+
+    other = load_config(run.config, ["eval.k=0"])
+    alone = evaluate_policy(other, checkpoint=run.path, ranks=(2,))
+    assert "mean_at_k" not in alone.scores
+    assert alone.ranks[2]["accuracy"] == alone.aurac["linear"] == alone.aurac["log2"] == accuracies[1]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_export_scores_as_its_run_did(run: RunDirectory, tmp_path: Path, to: str):
+    out = tmp_path / to
+    export_run(run.path, to, out)
+    config, after = load_config(run.config, []), without_prefix(run.read_summary()["eval_after"])
+    result = evaluate_policy(config, export=out, ranks=(2,) if to == "delta" else ())
+    assert result.scores == after
+    assert (result.source["format"], result.source["step"]) == (to, 2)
+    assert result.verified_engines == {"merged": 0, "peft": 1, "delta": 2}[to]
+    assert result.directory == out
+    if to == "delta":
+        assert result.ranks[2]["accuracy"] != after["accuracy"]
+    else:
+        with pytest.raises(ConfigError, match=r"--ranks 2: the policy has no matryoshka modules"):
+            evaluate_policy(config, export=out, ranks=(2,))
+
+
+@pytest.mark.usefixtures("no_workers")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--checkpoint", "{empty}"], ["--checkpoint", "neither a checkpoint", "nor a run"]),
+        (["--checkpoint", "{run}", "--ranks", "1,8"], ["--ranks 1,8", "8 is above the largest rank", "at most 4"]),
+        (["--checkpoint", "{run}", "--ranks", "1,x"], ["--ranks '1,x' is no list of ranks"]),
+        (["--checkpoint", "{run}", "--ranks", "0,1"], ["--ranks '0,1' is no list of ranks"]),
+        (["--checkpoint", "{lora}", "--ranks", "1"], ["has no matryoshka modules", "adaptation=matryoshka"]),
+        (["--ranks", "1"], ["--ranks 1", "give the --checkpoint"]),
+        (["--checkpoint", "{run}", "--out", "{empty}/none"], ["--out", "is no directory"]),
+        (["--checkpoint", "{run}", "model.path={other}"], ["--checkpoint", "made for another model"]),
+        (["--export", "{empty}"], ["--export", "is no export"]),
+        (["--checkpoint", "{edited}"], ["plan.json was changed since step_000002 was saved"]),
+        (["--checkpoint", "{run}", "sync.transport=nccl"], ["sync.transport=nccl", "sync.transport=object_store"]),
+        (["--checkpoint", "{bare}"], ["has no weights.safetensors"]),
+        (["--checkpoint", "{refitted}"], ["--checkpoint", "weights.safetensors is not of this plan"]),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], parts: list[str]
+):
+    places = {"run": run.path, "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    places["empty"].mkdir()
+    if "{other}" in options[-1]:
+        other_model(places["other"])
+    makers: dict[str, Callable[[Path], None]] = {"lora": as_lora, "edited": edited, "refitted": refitted, "bare": bare}
+    for name, change in makers.items():
+        places[name] = tmp_path / name
+        if any(name in option for option in options):
+            shutil.copytree(run.path, places[name])
+            change(places[name])
+    assert main(["eval", str(run.config), *(option.format(**places) for option in options)]) == 2
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error
+    assert "Traceback" not in error
+
+
+def other_model(path: Path) -> None:
+    from trainers.warm_start import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    build_model(WarmStartConfig(hidden_size=32, layers=2, heads=2, kv_heads=1), tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def edited(run: Path) -> None:
+    tree = json.loads((run / "plan.json").read_text())
+    tree["modules"][0] |= {"treatment": "frozen", "rank": None, "options": {}}
+    (run / "plan.json").write_text(json.dumps(tree))
+
+
+def as_lora(run: Path) -> None:
+    """A run whose plan has no rank to choose."""
+    tree = json.loads((run / "plan.json").read_text())
+    for module in tree["modules"]:
+        module |= {"treatment": "lora", "alpha": 8.0, "options": {}}
+    (run / "plan.json").write_text(json.dumps(tree))
+    claim(run)
+
+
+def refitted(run: Path) -> None:
+    """A plan that was edited, and a checkpoint that claims to be of it."""
+    edited(run)
+    claim(run)
+
+
+def claim(run: Path) -> None:
+    plan = AdaptationPlan.load(run / "plan.json")
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "plan_hash": plan.hash}))
+
+
+def bare(run: Path) -> None:
+    for weights in run.glob("checkpoints/*/weights.safetensors"):
+        weights.unlink()
+
+
+@pytest.mark.slow
+def test_matryoshka_under_zero_3_on_vllm(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Two ranks, one vLLM engine, everything through Ray: trained, synced with receipts, evaluated by rank."""
+    tree = tree_of(tiny_model, tmp_path, steps=3, matryoshka={"loss": "sum"}, cluster={"backend": "ray"})
+    tree |= {"learner": {"world_size": 2, "zero_stage": 3}, "rollout": {"engine": "vllm"}}
+    trained = train(parse_config(tree), name="matryoshka")
+    for row in read_metrics(trained.metrics):
+        assert row["sync/verified_engines"] == 1
+        assert row["policy/rollout_logprob_diff_max"] < 1e-4
+        assert row["grad_norm/lora"] > 0
+    assert main(["eval", str(trained.config), "--checkpoint", str(trained.path), "--ranks", "1,2,4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    after = without_prefix(trained.read_summary()["eval_after"])
+    assert {name: result[name] for name in after} == pytest.approx(after, abs=1e-9)
+    assert result["verified_engines"] == 4
+    assert len(result["ranks"]) == 3

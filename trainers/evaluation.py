@@ -1,0 +1,273 @@
+"""`hybrid-rl eval`: how well a policy does on the held-out problems, without training it.
+
+The policy is the base model, a checkpoint's or an export's. It is loaded here and sent to the rollout engines as the
+learner would send it, receipts and all; there is no learner.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hybrid_rl.adaptation import WEIGHTS, AdaptedModel
+from hybrid_rl.checkpoint import STATE, checkpoints, load_state
+from hybrid_rl.components import Anatomy
+from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.evaluate import aurac, evaluate
+from hybrid_rl.export import load_export, open_export
+from hybrid_rl.files import write_atomically
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.report import Bar, draw_ranks, evaluation_table
+from hybrid_rl.rollout import sampling_from
+from hybrid_rl.stored_policy import load_policy
+from hybrid_rl.weight_sync import open_publisher, served_tensors
+from trainers.setup import Task, check_engine, check_task, open_workplace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found, and of what."""
+
+    scores: Mapping[str, float]
+    """Of the policy as it is trained: `accuracy`, `mean_at_k`, `truncated`, `unscored`, as `evaluate` has them."""
+    ranks: Mapping[int, Mapping[str, float]]
+    """The same with every Matryoshka layer at one rank alone, by that rank."""
+    aurac: Mapping[str, float]
+    """Of the accuracies by rank: `linear` in the rank, and by its `log2`; empty without ranks."""
+    problems: int
+    """Held-out ones, each answered in full by every policy above."""
+    verified_engines: int
+    """Receipts that were the sent policy's, over all weight updates."""
+    source: Mapping[str, Any]
+    """`model`, and where the rest of the policy comes from, if there is any: `checkpoint` or `export`, its `format` and
+    `rank`, `step`, the model that it was `trained_from`, `plan_hash`."""
+    answers: Mapping[str, Any]
+    """How answers were sampled and scored."""
+    directory: Path | None = None
+    """The run or export that the policy comes from."""
+
+    def tree(self) -> dict[str, Any]:
+        """As it is written to JSON."""
+        ranks = [{"rank": k, **scores} for k, scores in self.ranks.items()]
+        rest = {"ranks": ranks, "aurac": dict(self.aurac), "problems": self.problems}
+        rest |= {"verified_engines": self.verified_engines, **self.source, "answers": dict(self.answers)}
+        return {**self.scores, **rest}
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """What is to be evaluated."""
+
+    config: Config
+    """The given one, with the policy's base model and no plan."""
+    load: Callable[[], AdaptedModel] | None = None
+    """`None`: the base model alone."""
+    plan: Callable[[Anatomy], AdaptationPlan] | None = None
+    """Of what `load` gives, for the base model's structure."""
+    given: str = ""
+    """The option that names it."""
+    directory: Path | None = None
+    """The run or export."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+def evaluate_policy(
+    config: Config,
+    console: Console | None = None,
+    *,
+    checkpoint: Path | None = None,
+    export: Path | None = None,
+    ranks: Sequence[int] = (),
+) -> Evaluation:
+    """Evaluate the base model, or the policy in `checkpoint` or `export`, on `data.eval`; with `ranks`, also with every
+    Matryoshka layer of it at each of these ranks alone.
+
+    `checkpoint`: a checkpoint's directory, or a run's for its last one. Raises `ConfigError` before any worker starts
+    for what cannot be evaluated.
+    """
+    policy = _find(config, checkpoint, export)
+    config = policy.config
+    task = check_task(config)
+    plan = _check_plan(policy, task)
+    ranks = _checked(ranks, plan)
+    adapted = policy.load() if policy.load is not None else None
+    found: dict[int | None, dict[str, float]] = {}
+    verified = 0
+    with Bar(console or Console(quiet=True)) as bar:
+        bar.show("starting engines", 0, 1)
+        with open_workplace(config, replace(task, plan=plan), learner=False) as workplace:
+            publisher = open_publisher(config, workplace.transport)
+            for version, k in enumerate((None, *ranks), start=1):
+                what = "evaluating" if k is None else f"evaluating rank {k}"
+                bar.show(what, version - 1, 1 + len(ranks))
+                if adapted is not None:
+                    with adapted.at_rank(k):
+                        update = publisher.publish(served_tensors(adapted), version, adapted.sent_rank)
+                    verified += workplace.bring(update).verified
+                metrics = evaluate(workplace.episodes, workplace.rewards, task.eval, config)
+                found[k] = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    by_rank = {k: found[k] for k in ranks}
+    accuracies = [scores["accuracy"] for scores in by_rank.values()]
+    return Evaluation(
+        scores=found[None],
+        ranks=by_rank,
+        aurac={form: aurac(ranks, accuracies, log=form == "log2") for form in (("linear", "log2") if ranks else ())},
+        problems=len(task.eval),
+        verified_engines=verified,
+        source={"model": config.model.path, **policy.source} | ({"plan_hash": plan.hash} if adapted else {}),
+        answers=_answers(config),
+        directory=policy.directory,
+    )
+
+
+def eval_command(
+    config: Config,
+    console: Console,
+    *,
+    checkpoint: Path | None,
+    export: Path | None,
+    ranks: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate and print a table; with `ranks`, write `eval_ranks.json` and its curve, to `out` or else beside the
+    policy; without, `eval.json`, to `out` alone."""
+    numbers = _numbers(ranks) if ranks is not None else ()
+    if out is not None and not out.is_dir():
+        raise ConfigError(f"--out {out} is no directory; make it")
+    result = evaluate_policy(config, console, checkpoint=checkpoint, export=export, ranks=numbers)
+    console.print(evaluation_table(result.scores, result.ranks, result.aurac, result.problems))
+    directory = out or (result.directory if numbers else None)
+    if directory is not None:
+        written = directory / ("eval_ranks.json" if numbers else "eval.json")
+        write_atomically(written, json.dumps(result.tree(), indent=1) + "\n")
+        console.print(f"results  {written}")
+        if numbers:
+            draw_ranks(result.scores, result.ranks, result.aurac, written.with_suffix(".png"))
+            console.print(f"curve    {written.with_suffix('.png')}")
+    if as_json:
+        print(json.dumps(result.tree()))
+
+
+def _find(config: Config, checkpoint: Path | None, export: Path | None) -> _Policy:
+    """Raises `ConfigError` where there is no policy, or one that could not be sent."""
+    if checkpoint is not None and export is not None:
+        raise ConfigError(f"--checkpoint {checkpoint} and --export {export} are two policies; give one")
+    config = config.model_copy(update={"plan": config.plan.model_copy(update={"path": None, "start": None})})
+    policy = _Policy(config)
+    if checkpoint is not None:
+        policy = _in_checkpoint(config, checkpoint)
+    elif export is not None:
+        policy = _in_export(config, export)
+    if policy.load is not None and config.sync.transport == "nccl":
+        raise ConfigError(
+            "sync.transport=nccl is between a learner and its engines, and here is no learner; add "
+            "sync.transport=object_store"
+        )
+    return policy
+
+
+def _in_checkpoint(config: Config, directory: Path) -> _Policy:
+    """Of a run: `<run>/plan.json`, `<run>/checkpoints/step_*/`."""
+    given, step = f"--checkpoint {directory}", directory
+    if not (directory / STATE).is_file():
+        saved = checkpoints(directory / "checkpoints")
+        if not saved:
+            raise ConfigError(f"{given} is neither a checkpoint (<run>/checkpoints/step_*) nor a run that has one")
+        step = saved[-1]
+    step = step.resolve()
+    run = step.parent.parent
+    plan = AdaptationPlan.load(run / "plan.json", given + ", whose plan")
+    state = load_state(step)
+    if state.plan_hash != plan.hash:
+        raise ConfigError(f"{given}: {run / 'plan.json'} was changed since {step.name} was saved; restore it")
+    if not (step / WEIGHTS).is_file():
+        raise ConfigError(f"{given}: {step} has no {WEIGHTS}")
+
+    def load() -> AdaptedModel:
+        try:
+            return _cast(load_policy(config.model, plan, step / WEIGHTS), config)
+        except ValueError as error:
+            raise ConfigError(f"{given}: {error}") from None
+
+    source = {"checkpoint": str(step), "step": state.step, "trained_from": plan.model}
+    return _Policy(config, load, lambda anatomy: plan, given, run, source)
+
+
+def _in_export(config: Config, directory: Path) -> _Policy:
+    exported = open_export(directory, "--export")
+    base = exported.manifest.get("base", {})
+    source = {"export": str(directory), "format": exported.format, "step": exported.manifest.get("step")}
+    source |= {"trained_from": base.get("model"), "rank": exported.manifest.get("rank")}
+    components = base.get("components") or config.plan.components
+    config = config.model_copy(update={"plan": config.plan.model_copy(update={"components": components})})
+    if exported.format == "merged":
+        model = config.model.model_copy(update={"path": str(directory)})
+        return _Policy(config.model_copy(update={"model": model}), directory=directory, source=source)
+    return _Policy(
+        config,
+        lambda: _cast(load_export(directory, config.model, "--export"), config),
+        lambda anatomy: exported.trained_plan(anatomy, config.model.path),
+        f"--export {directory}",
+        directory,
+        source,
+    )
+
+
+def _cast(adapted: AdaptedModel, config: Config) -> AdaptedModel:
+    """To `model.dtype`, in which a learner has what it sends: scaling folded in sooner would round otherwise."""
+    adapted.model.to(getattr(torch, config.model.dtype))
+    return adapted
+
+
+def _check_plan(policy: _Policy, task: Task) -> AdaptationPlan:
+    """The plan of what engines will be sent; it lists nothing for the base model alone. Raises `ConfigError` if it is
+    of another model, or not for these engines."""
+    if policy.plan is None:
+        return AdaptationPlan(policy.config.model.path, task.anatomy.topology, {}, policy.config.seed, ())
+    try:
+        plan = policy.plan(task.anatomy)
+        plan.check_against(task.anatomy)
+    except ConfigError as error:
+        raise ConfigError(f"{policy.given}, for model.path={policy.config.model.path!r}: {error}") from None
+    check_engine(policy.config, plan)
+    return plan
+
+
+def _checked(ranks: Sequence[int], plan: AdaptationPlan) -> tuple[int, ...]:
+    """Sorted. Raises `ConfigError` for ranks that the policy has not."""
+    if not ranks:
+        return ()
+    given = f"--ranks {','.join(map(str, ranks))}"
+    largest = max((m.rank or 0 for m in plan.named("matryoshka")), default=0)
+    if not largest:
+        raise ConfigError(
+            f"{given}: the policy has no matryoshka modules, which alone are an adapter at every rank; give the "
+            "--checkpoint, or --export of a delta, of a run with adaptation=matryoshka"
+        )
+    if max(ranks) > largest:
+        raise ConfigError(f"{given}: {max(ranks)} is above the largest rank of the plan; use at most {largest}")
+    return tuple(sorted(set(ranks)))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise ConfigError(f"--ranks {text!r} is no list of ranks; give positive numbers, as in --ranks 1,2,4,8")
+    return tuple(int(word) for word in words)
+
+
+def _answers(config: Config) -> dict[str, Any]:
+    """What decides the answers besides the policy, and what scores them."""
+    sampling = asdict(sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature))
+    rollout, data = config.rollout, config.data
+    how = {"reward": config.rewards[0].plugin, "data": data.eval, "template": data.template, "chat": data.chat}
+    how |= {"engine": rollout.engine, "dtype": config.model.dtype, "environment": rollout.environment}
+    how |= {"max_turns": rollout.max_turns} if rollout.environment is not None else {}
+    return {"greedy": {**sampling, "n": 1, "temperature": 0.0}, "sampled": sampling if config.eval.k else None, **how}
