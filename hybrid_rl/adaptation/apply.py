@@ -84,10 +84,7 @@ def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
     adapters: dict[str, Adapter] = {}
     by_treatment = sorted(plan.adapted, key=lambda m: m.treatment)
     for treatment, planned in groupby(by_treatment, key=lambda m: m.treatment):
-        active = {m: m._active_adapter for m in model.modules() if isinstance(m, BaseTunerLayer)}
         adapters |= inject(model, treatment, list(planned), sharers)
-        for layer, names in active.items():  # PEFT left one adapter active in every layer
-            layer._active_adapter = names
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     wanted = {name for names in sharers.values() for name in names}
     if wrapped != wanted:

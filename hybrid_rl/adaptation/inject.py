@@ -23,6 +23,7 @@ from peft import (
     VeraModel,
     inject_adapter_in_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hybrid_rl.adaptation.adapters import AdaLora, Adapter, Dora, LowRank, Reparametrised, Vera
@@ -56,10 +57,13 @@ class _Holder(nn.Module):
 def put(model: nn.Module, config: PeftConfig, targets: Sequence[str]) -> dict[str, Any]:
     """Inject PEFT layers as `config` says into the modules `targets`, and return the layers by module name."""
     config.target_modules = [f"held.{name}" for name in targets]  # type: ignore[attr-defined]
+    active = {m: m._active_adapter for m in model.modules() if isinstance(m, BaseTunerLayer)}
     if isinstance(config, VeraConfig):  # whose layers share one pair of random matrices, which `inject` refuses
         VeraModel(_Holder(model), config, ADAPTER)
     else:
         inject_adapter_in_model(config, _Holder(model), adapter_name=ADAPTER)
+    for layer, names in active.items():  # PEFT leaves one adapter active in every layer there is
+        layer._active_adapter = names
     return {name: model.get_submodule(name) for name in targets}
 
 

@@ -83,7 +83,10 @@ class TrainingEngine:
         )
         # What the base model holds in the places of the full matrices (adapters are switched off instead).
         kept = config.algo.needs_reference
-        self._originals = [_held(p).clone() for p in adapted.full.values()] if kept else None
+        self._originals = None
+        if kept:  # training that starts from an export holds the export's values already
+            start = config.plan.start is not None
+            self._originals = self._read_originals() if start else [_held(p).clone() for p in adapted.full.values()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

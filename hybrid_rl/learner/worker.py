@@ -188,7 +188,7 @@ class LearnerWorker:
         groups = parameter_groups(self._adapted, plan)
         before = self._digests()
         self._model.train()
-        self._engine = TrainingEngine(self._policy, self._adapted, groups, self._engine_config())
+        self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
         changed = [name for name, value in self._digests().items() if value != before[name]]
         if changed:
             raise RuntimeError(f"DeepSpeed changed {changed[0]} while it initialised")
@@ -204,13 +204,6 @@ class LearnerWorker:
             flops=count_flops(self._anatomy, plan, self._model.config),
             peak_tflops=self._config.learner.peak_tflops or peak_tflops(device, self._config.model.dtype),
         )
-
-    def _engine_config(self) -> Config:
-        """Where training starts from an export, the engine must not keep what it starts from as the base model's
-        weights: without a KL coefficient it reads these from the model's files whenever they are needed."""
-        if self._config.plan.start is None:
-            return self._config
-        return self._config.model_copy(update={"algo": self._config.algo.model_copy(update={"kl_coef": 0.0})})
 
     def train(self, batch: TrainBatch) -> StepStats:
         """One optimizer step a mini-batch and epoch. Returns metrics of the whole batch, equal on every rank."""
