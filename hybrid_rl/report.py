@@ -29,6 +29,7 @@ from hybrid_rl.plan import AdaptationPlan, PlannedModule, by, treatment_label
 from hybrid_rl.plan_difference import PlanDifference
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
+from hybrid_rl.treatments import TREATMENTS
 
 _COLOURS = {"accuracy": "#1b6ca8", "sampled": "#e07a1f", "reward": "#9aa5ad"}
 
@@ -138,25 +139,36 @@ def plan_table(plan: AdaptationPlan, top: int = 8) -> Table:
         table.add_row(str(i), m.name, by(m.shape), "-" if m.score is None else f"{m.score:.3g}", treatment_label(m))
     extra = f" and {totals['extra_modules']} more by plan.also_full" if totals["extra_modules"] else ""
     left = len(plan.modules) - top
+    others = ", ".join(f"{totals[f'{t}_modules']} {t}" for t in _used(plan) if t != "full")
     table.caption = (f"{left} more in the plan; " if left > 0 else "") + (
         f"{totals['full_modules'] - totals['extra_modules']} of {totals['candidate_modules']} matrices full "
-        f"({share:.1%} of their parameters){extra}, {totals['lora_modules']} LoRA, {totals['frozen_modules']} frozen; "
-        f"{totals['trainable_params']:,} trainable parameters; plan {plan.hash}. A matrix may rank higher "
-        "and not be full where it is larger than what is left of the budget"
+        f"({share:.1%} of their parameters){extra}, {others}; "
+        f"{totals['trainable_params']:,} trainable parameters; plan {plan.hash}"
     )
+    if any(m.score is not None for m in plan.modules):
+        table.caption += ". A matrix may rank higher and not be full where it is larger than what is left of the budget"
     return table
+
+
+def _used(plan: AdaptationPlan) -> list[str]:
+    """The treatments that tables count: those in the plan, `full` and `frozen` always."""
+    there = {m.treatment for m in plan.modules} | {"full", "frozen"}
+    return [t for t in TREATMENTS if t in there]
 
 
 def totals_table(plan: AdaptationPlan) -> Table:
     """What the plan does by component."""
-    table = Table("component", "matrices", "parameters", "full", "LoRA", "frozen", "full parameters")
+    used = _used(plan)
+    table = Table("component", "matrices", "parameters", *used, "full parameters", "adapter parameters")
     table.title = f"By component ({plan.topology})"
     for component in dict.fromkeys(m.component for m in plan.modules):
         members = [m for m in plan.modules if m.component == component]
-        full = sum(m.params for m in members if m.treatment == "full")
-        counts = [str(sum(m.treatment == t for m in members)) for t in ("full", "lora", "frozen")]
-        size = sum(m.params for m in members)
-        table.add_row(component, str(len(members)), f"{size:,}", *counts, f"{full:,} ({full / size:.1%})")
+        full = sum(m.params for m in members if m.trains_weight)
+        counts = [str(sum(m.treatment == t for m in members)) for t in used]
+        size, beside = sum(m.params for m in members), sum(m.adapter_params for m in members)
+        table.add_row(
+            component, str(len(members)), f"{size:,}", *counts, f"{full:,} ({full / size:.1%})", f"{beside:,}"
+        )
     for note, count in Counter(m.note for m in plan.modules if m.note).most_common(4):
         table.caption = f"{table.caption or ''}{count} x {note}\n"
     return table
@@ -344,7 +356,7 @@ def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:
     axes.set_facecolor("#eceff1")  # where a layer has no such module
     axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
     for m in modules:
-        if m.treatment == "full":
+        if m.trains_weight:
             corner = (kinds.index(_kind(m)) - 0.46, (m.layer or 0) - 0.46)
             axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=2.0))
         if m.treatment == "frozen":
