@@ -422,7 +422,8 @@ class Config(Settings):
     @property
     def probe_lr(self) -> float:
         """The ranking probe's learning rate with its default resolved."""
-        return self.lora_lr / 2 if self.plan.probe.lr is None else self.plan.probe.lr
+        lora_lr = 10 * self.full.lr if self.lora.lr is None else self.lora.lr
+        return lora_lr / 2 if self.plan.probe.lr is None else self.plan.probe.lr
 
     @property
     def probe_steps(self) -> int:
@@ -483,41 +484,52 @@ class Config(Settings):
         return self
 
     def _check_treatments(self) -> None:
-        """Refuse settings of treatments that are not used. A finished plan may use any."""
-        used = {self.rest} if self.plan.given is None else set(TREATMENTS)
-        for section, treatments in (("molf", set(ROUTED)), *((n, {n}) for n in ("matryoshka", "adalora"))):
+        """Refuse settings of treatments that are not used, or that a finished plan has settled."""
+        given, beside = self.plan.given, f" and plan.rest={self.plan.rest}" if self.adaptation == "hybrid" else ""
+        settled = {
+            "molf": {"ranks", "rank_stabilised", "unwrapped"},
+            "matryoshka": set(MatryoshkaConfig.model_fields),
+            "adalora": {"init_rank"},
+        }
+        for section, fields in settled.items():
             settings = getattr(self, section)
             default = type(settings)()
-            changed = [
+            changed = {
                 name for name in type(settings).model_fields if getattr(settings, name) != getattr(default, name)
-            ]
-            if changed and not used & treatments:
+            }
+            if given is not None:
+                if changed & fields:
+                    name = min(changed & fields)
+                    raise ValueError(f"{given} gives a finished plan, which {section}.{name} cannot change; drop one")
+                continue
+            used = self.rest in ROUTED if section == "molf" else self.rest == section
+            idle = changed & ({"unwrapped"} if self.adaptation not in ROUTED else set()) if used else changed
+            if idle:
                 raise ValueError(
-                    f"{section}.{changed[0]} does nothing with adaptation={self.adaptation}"
-                    + (f" and plan.rest={self.plan.rest}" if self.adaptation == "hybrid" else "")
-                    + "; drop it"
+                    f"{section}.{min(idle)} does nothing with adaptation={self.adaptation}{beside}; drop it"
                 )
-        if self.adalora.init_rank is not None and self.adalora.init_rank <= self.lora.rank:
-            raise ValueError(
-                f"adalora.init_rank={self.adalora.init_rank} leaves nothing to take away down to lora.rank="
-                f"{self.lora.rank}; raise one or lower the other"
-            )
-        if self.rest == "adalora" and self.plan.given is None:
+        if given is None and self.rest in ROUTED:
+            pairs = len(self.molf.ranks or ([1, 4] if self.rest == "molf_efficient" else [1]))
+            self.check_experts({pairs + TREATMENTS[self.rest].trains_weight})
+        if given is None and self.rest == "adalora":
+            if self.adalora.init_rank is not None and self.adalora.init_rank <= self.lora.rank:
+                raise ValueError(
+                    f"adalora.init_rank={self.adalora.init_rank} leaves nothing to take away down to lora.rank="
+                    f"{self.lora.rank}; raise one or lower the other"
+                )
             self.adalora.phases(self.updates)
-        if used & set(ROUTED) and self.plan.given is None and self.learner.optimizer == "deepspeed":
+
+    def check_experts(self, numbers: set[int]) -> None:
+        """Refuse settings of MoLF that do not fit modules with so many experts each. Raises `ValueError`."""
+        if self.learner.optimizer == "deepspeed":
+            raise ValueError("learner.optimizer=deepspeed steps every expert of MoLF; use learner.optimizer=torch")
+        if self.molf.top_k > max(numbers):
+            raise ValueError(f"molf.top_k={self.molf.top_k} of {max(numbers)} experts a module; use at most that")
+        if self.molf.lr_factors and numbers != {len(self.molf.lr_factors)}:
             raise ValueError(
-                f"learner.optimizer=deepspeed steps every expert of {self.rest}; use learner.optimizer=torch"
+                f"molf.lr_factors={self.molf.lr_factors} is for {len(self.molf.lr_factors)} experts a module, of which "
+                f"there are {' and '.join(map(str, sorted(numbers)))}; give one factor each, or none"
             )
-        if self.adaptation in ROUTED:
-            experts = len(self.molf.ranks or ([1, 4] if self.adaptation == "molf_efficient" else [1]))
-            experts += TREATMENTS[self.adaptation].trains_weight
-            if self.molf.top_k > experts:
-                raise ValueError(f"molf.top_k={self.molf.top_k} of {experts} experts a module; use at most {experts}")
-            if self.molf.lr_factors and len(self.molf.lr_factors) != experts:
-                raise ValueError(
-                    f"molf.lr_factors={self.molf.lr_factors} is for {len(self.molf.lr_factors)} experts, but each "
-                    f"module has {experts}; give one factor each"
-                )
 
     def _check_algo(self) -> None:
         """Refuse settings that do nothing."""
@@ -593,7 +605,14 @@ class Config(Settings):
             raise ValueError("batch.prompts=1 leaves one of the ranking's two halves empty; use at least 2")
         if given is not None and making:
             raise ValueError(f"{given} gives a finished plan, which plan.{min(making)} cannot change; drop one of them")
-        idle = ranking - {"budget"} if self.adaptation == "lora_matched" else ranking | (changed & {"rest"})
+        idle = ranking | (changed & {"rest"})
+        if self.adaptation == "lora_matched":
+            idle -= {"budget"}
+            if self.plan.budget != BudgetConfig(ratio=self.plan.budget.ratio) or self.lora.ranks:
+                raise ValueError(
+                    "adaptation=lora_matched has one rank, that of plan.budget.ratio and lora.rank; drop lora.ranks and "
+                    "the other fields of plan.budget"
+                )
         if self.adaptation != "hybrid" and idle:
             raise ValueError(
                 f"adaptation={self.adaptation} ranks nothing, so "

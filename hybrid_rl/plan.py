@@ -242,6 +242,10 @@ def _check_treatment(m: PlannedModule, weight: Weight) -> None:
         return
     needed = {"rank": (m.rank, int)} if treatment.ranked else {}
     needed |= {"alpha": (m.alpha, (int, float))} if treatment.scaled else {}
+    unused = {"rank": m.rank, "alpha": m.alpha}
+    for name in unused.keys() - needed.keys():
+        if unused[name] is not None:
+            raise ConfigError(f"{treats}, which has no {name}, but gives {name}={unused[name]}; make it null")
     if not all(_is_positive(value, kind) for value, kind in needed.values()):
         raise ConfigError(f"{treats} without a positive {' and '.join(needed)}; give them, e.g. 8 and 16")
     reason = "it is not the weight of a linear layer" if not weight.linear else weight.no_lora
@@ -279,6 +283,8 @@ def _check_options(m: PlannedModule, treats: str) -> None:
             raise ConfigError(f"{treats} with {name}={value!r}; use one of {', '.join(map(str, allowed))}")
         if name == "target" and not (_is_positive(value, int) and value <= (m.rank or 0)):
             raise ConfigError(f"{treats} with target={value!r}; use a whole number from 1 to its rank {m.rank}")
+        if name == "ranks" and not isinstance(value, list | tuple):
+            raise ConfigError(f"{treats} with ranks={value!r}; give a list, e.g. [2, 4, 8]")
         if name == "ranks":
             whole = sum(value) if m.treatment in ROUTED else max(value, default=0)
             if not all(_is_positive(rank, int) for rank in value) or whole != m.rank:

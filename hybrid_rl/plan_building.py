@@ -238,8 +238,11 @@ class _Adapters:
         alpha = None
         if facts.scaled and rank is not None:
             stabilised = treatment == "rslora" or options.get("rank_stabilised", False)
-            # The experts of MoLF share one alpha, and the rank of the first sets its default.
-            alpha = self._lora.alpha_at(options.get("ranks", [rank])[0], stabilised=stabilised, counts=facts.counts)
+            # The experts of MoLF share one alpha: `lora.alpha`, or by default that of the first one's rank.
+            first = options.get("ranks", [rank])[0]
+            alpha = self._lora.alpha_at(first, stabilised=stabilised, counts=facts.counts)
+            if treatment in ROUTED and self._lora.alpha is not None:
+                alpha = self._lora.alpha
         return PlannedModule(
             name=weight.name,
             component=weight.component,

@@ -108,7 +108,8 @@ class LoraConfig(Settings):
     """Scaling numerator: an adapter counts alpha / rank times, with `rslora` and MoLF alpha / sqrt(rank) times. By
     default it counts twice, with `randlora` 20 times."""
     ranks: dict[str, PositiveInt] = {}
-    """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays."""
+    """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays, where
+    it is divided by a root alpha does."""
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""

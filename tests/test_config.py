@@ -31,6 +31,13 @@ def test_defaults_are_resolved():
     assert config.lora.alpha_at(8) == 16
 
 
+def test_learning_rates_of_adapters():
+    assert parse(full={"lr": 2e-6}, adaptation="molf").lora_lr == 2e-6
+    config = parse(full={"lr": 2e-6}, plan={"rest": "molf"})
+    assert (config.lora_lr, config.probe_lr) == (2e-6, pytest.approx(1e-5))
+    assert parse(full={"lr": 2e-6}, adaptation="molf", lora={"lr": 1e-4}).lora_lr == 1e-4
+
+
 def test_a_preset_fills_in_what_algo_does_not_say():
     config = parse(algorithm="gspo", algo={"clip_high": 0.1})
     assert (config.algo.loss, config.algo.clip_low, config.algo.clip_high) == ("gspo", 3e-4, 0.1)
@@ -100,6 +107,15 @@ def test_presets_name_settings(name: str):
         ({"batch": {"num_generations": 1}}, ["batch.num_generations=1", "greater than or equal to 2"]),
         ({"adaptation": "lora", "adalora": {"every": 2}}, ["adalora.every does nothing", "adaptation=lora"]),
         ({"adaptation": "adalora", "adalora": {"init_rank": 16}}, ["adalora.init_rank=16", "lora.rank=16"]),
+        ({"molf": {"top_k": 2}}, ["molf.top_k", "adaptation=hybrid", "plan.rest=lora"]),
+        ({"adaptation": "molf", "matryoshka": {"loss": "largest"}}, ["matryoshka.loss", "adaptation=molf"]),
+        ({"plan": {"rest": "molf"}, "molf": {"unwrapped": "train"}}, ["molf.unwrapped", "plan.rest=molf"]),
+        ({"plan": {"rest": "molf"}, "molf": {"top_k": 9}}, ["molf.top_k=9", "2 experts"]),
+        ({"adaptation": "molf", "molf": {"lr_factors": [1.0]}}, ["molf.lr_factors=[1.0]", "1 experts", "2"]),
+        ({"adaptation": "molf", "learner": {"optimizer": "deepspeed"}}, ["learner.optimizer=deepspeed", "MoLF"]),
+        ({"plan": {"path": "p.json"}, "matryoshka": {"loss": "largest"}}, ["plan.path='p.json'", "matryoshka.loss"]),
+        ({"adaptation": "matryoshka", "matryoshka": {"ranks": [4, 2]}}, ["matryoshka.ranks", "must rise"]),
+        ({"adaptation": "lora_matched", "plan": {"budget": {"unit": "modules"}}}, ["lora_matched", "plan.budget"]),
         ({"adaptation": "adalora", "adalora": {"warmup": 0.6}}, ["adalora.warmup=0.6", "adalora.final=0.5", "100"]),
         ({"plan": {"rest": "adalora"}, "steps": 1}, ["adalora.final=0.5", "1 updates"]),
     ],

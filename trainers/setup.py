@@ -29,7 +29,7 @@ from hybrid_rl.reward import RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.scoring import find_score
-from hybrid_rl.treatments import TREATMENTS
+from hybrid_rl.treatments import ROUTED, TREATMENTS
 from hybrid_rl.types import Prompt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import Transport
 from trainers.courier import MeetingCourier
@@ -140,14 +140,15 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
     plan = start_plan(config, anatomy) if config.plan.start else plan
     if plan is not None:
         plan.check_against(anatomy)
+        _check_given(config, plan)
     else:
         find_score(config.plan.score)
         _check_choices(config, anatomy)
     quantised = getattr(model.config, "quantization_config", None)
-    if quantised is not None and (config.adaptation != "lora" or plan is not None):
+    if quantised is not None and (config.adaptation not in _BESIDE_QUANTISED or plan is not None):
         raise ConfigError(
-            f"model.path={config.model.path!r} is quantised, and what is quantised cannot be fully fine-tuned; use the "
-            "unquantised model, or adaptation=lora"
+            f"model.path={config.model.path!r} is quantised, and what is quantised can neither be fully fine-tuned nor "
+            f"taken apart; use the unquantised model, or adaptation={'|'.join(_BESIDE_QUANTISED)}"
         )
     _check_sequence_parallel(config, model, anatomy)
     for each in [plan] if plan is not None else _drafts(anatomy, config):
@@ -155,12 +156,35 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
     return anatomy, plan
 
 
+_BESIDE_QUANTISED = ("lora", "rslora", "matryoshka", "molf_efficient")
+"""Treatments that need nothing of a weight but that it is multiplied by."""
+
+
+def _check_given(config: Config, plan: AdaptationPlan) -> None:
+    """Refuse settings that a finished plan cannot be trained with."""
+    routed = [m for m in plan.adapted if m.treatment in ROUTED]
+    try:
+        if routed:
+            config.check_experts({len(m.options["ranks"]) + m.trains_weight for m in routed})
+        if any(m.treatment == "adalora" for m in plan.adapted):
+            config.adalora.phases(config.updates)
+    except ValueError as error:
+        raise ConfigError(f"{config.plan.given}: {error}") from None
+    if config.lora.lr is None and any(m.treatment == "molf" for m in routed):
+        raise ConfigError(
+            f"{config.plan.given} has MoLF modules, whose experts are compared by their learning rates; give lora.lr, "
+            f"as in lora.lr={config.full.lr:g} (full.lr, as in the paper)"
+        )
+
+
 def _drafts(anatomy: Anatomy, config: Config) -> list[AdaptationPlan]:
     """Plans that between them treat every module in each way that the plan to come, or its probe, may treat it."""
     flat = dict.fromkeys((c.name for c in select_candidates(anatomy, config.plan)), 0.0)
     drafts = [configured_plan(anatomy, config, flat, {})]
     if config.adaptation == "hybrid" and config.rest != "frozen":
-        drafts.append(configured_plan(anatomy, config.model_copy(update={"adaptation": config.rest}), {}, {}))
+        molf = config.molf.model_copy(update={"unwrapped": "freeze"})  # a hybrid plan trains nothing besides
+        all_so = config.model_copy(update={"adaptation": config.rest, "molf": molf})
+        drafts.append(configured_plan(anatomy, all_so, {}, {}))
     if probes(config):
         drafts.append(probe_plan(anatomy, config))
     return drafts
@@ -228,7 +252,8 @@ def probes(config: Config) -> bool:
 def _check_choices(config: Config, anatomy: Anatomy) -> None:
     """Refuse a LoRA rank that no candidate has."""
     widest = max(select_candidates(anatomy, config.plan), key=lambda c: min(c.shape))
-    if TREATMENTS[config.rest].ranked and config.lora.rank > min(widest.shape):
+    own = {"matryoshka": config.matryoshka.ranks, **dict.fromkeys(ROUTED, config.molf.ranks)}.get(config.rest)
+    if TREATMENTS[config.rest].ranked and own is None and config.lora.rank > min(widest.shape):
         raise ConfigError(
             f"lora.rank={config.lora.rank} is more than any candidate has; use at most {min(widest.shape)}"
         )
