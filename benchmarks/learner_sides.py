@@ -158,7 +158,7 @@ def learner_side(config: Config, equal: bool, usual: bool) -> Step:
         batching.arrange = lambda rows, *more: arrange(
             [[*row, *[row[-1]] * (longest - 1 - len(row))] for row in rows], *more
         )
-    batch = mini_batches(data, config, {"full": 1.0, "lora": 1.0})
+    batch = mini_batches(data, config, {"full": 1.0, "lora": 1.0}, 1)
 
     def step() -> dict[str, Any]:
         started = time.perf_counter()
@@ -339,7 +339,7 @@ def memory_side(config: Config) -> Step:
     engine.step, optimizer.setup_buckets = counted_step, counted_buckets
     data = [s for s in sequences()[::GROUP] if s.length < LONGEST // 2]
     for _ in range(2):
-        worker.train(mini_batches(data, config, {"full": 1.0, "lora": 1.0}))
+        worker.train(mini_batches(data, config, {"full": 1.0, "lora": 1.0}, 1))
     trained = sum(p.numel() for p in worker._model.parameters() if p.requires_grad)
     estimate = training_memory(worker._anatomy, trained, config.model.dtype)
     formula = {name: getattr(estimate, name) for name in ("masters", "moments", "gradients")}

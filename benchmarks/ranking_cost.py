@@ -123,7 +123,7 @@ def measured(what: str, path: str, vocabulary: int, options: argparse.Namespace,
         worker.build(plan.to_json())
         for _ in range(options.repeats):
             started = time.perf_counter()
-            worker.train(mini_batches(data, config, {"full": 1.0, "lora": 1.0}))
+            worker.train(mini_batches(data, config, {"full": 1.0, "lora": 1.0}, 1))
             seconds.append(time.perf_counter() - started)
     else:
         for _ in range(1 + options.repeats if what == "update_tail_split_by_type" else 1):

@@ -44,7 +44,7 @@ def run(treatment: str, seed: int, out: Path) -> dict[str, Any]:
         "bytes": fmean(row["sync/bytes"] for row in rows),
         "verified": all(row["sync/verified_engines"] == 2 for row in rows),
         "step": fmean(row["time/step"] - row["time/eval"] - row["time/checkpoint"] for row in rows[2:]),
-        "share": rows[-1].get("molf/share_0"),
+        "share": rows[-1].get("molf/weight_share"),
     }
 
 

@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hybrid_rl.adaptation import WEIGHTS
+from hybrid_rl.config import ConfigError
 from hybrid_rl.files import sync_path, sync_tree
 
 LEARNER = "learner"
@@ -34,6 +36,10 @@ class TrainerState:
     """The latest held-out evaluation."""
     row: Mapping[str, float] = field(default_factory=dict)
     """The step's metrics, in case the process is killed before they are logged."""
+    base: str = ""
+    """Digest of the base model's parameters (`digest_of_all`); empty where it was not taken."""
+    started_from: Mapping[str, Any] = field(default_factory=dict)
+    """Of the export that the run started from: `format`, `step`, hash of its `plan`, and what that one started from."""
 
 
 def save_checkpoint(root: Path, state: TrainerState, save_learner: Callable[[str], None], *, keep_last: int) -> Path:
@@ -73,7 +79,11 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    """Raises `ConfigError` if it is damaged."""
+    try:
+        return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{checkpoint / STATE} cannot be read: {error}") from None
 
 
 def _remove(checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_rl.config import Config, ConfigError
-from hybrid_rl.config_file import load_config
+from hybrid_rl.config_file import load_config, load_tree
 from hybrid_rl.types import WorkerDied
 
 
@@ -83,31 +83,42 @@ def _command(
     return parser
 
 
+_ELSEWHERE = ("model.path", "model.trust_remote_code")
+"""Settings of a run that an export may change: its base model may be elsewhere now."""
+
+
 def _settings(options: argparse.Namespace) -> Config:
     """What a command works with: of `export` the run's settings, of `import` those that continue the export."""
     if options.command == "export":
+        other = [o for o in options.overrides if o.partition("=")[0].strip() not in _ELSEWHERE]
+        if other:
+            raise ConfigError(f"{other[0]} does nothing for an export, which takes only model.path; drop it")
         return load_config(Path(options.directory) / "config.yaml", options.overrides)
     continuing: list[str] = []
     if options.command == "import":
         from hybrid_rl.export import starting_from
 
-        continuing = starting_from(Path(options.directory))
+        plan = load_tree(options.config).get("plan")
+        components = plan.get("components") if isinstance(plan, dict) else None
+        continuing = starting_from(Path(options.directory), components or {})
     return load_config(options.config, [*continuing, *options.overrides])
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
     if options.dry_run:
         from hybrid_rl.tracking import dump_config
-        from trainers.setup import check_task
+        from trainers.grpo import check_run
+        from trainers.setup import ranks
 
-        task = check_task(config)
+        task = check_run(config, options.resume)
         print(dump_config(config), end="")
-        if task.plan is not None:
+        if task.plan is not None or not ranks(config):
             from rich.console import Console
 
             from hybrid_rl.report import plan_table
+            from trainers.ranking import make_plan
 
-            Console(stderr=True, soft_wrap=True).print(plan_table(task.plan))
+            Console(stderr=True, soft_wrap=True).print(plan_table(make_plan(config, task, None)))
         return 0
     from trainers.grpo import train
 
@@ -165,7 +176,7 @@ def _export(config: Config, options: argparse.Namespace) -> int:
 
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     run, out = Path(options.directory), Path(options.out)
-    export = export_run(run, options.to, out, options.rank, checkpoint=checkpoint, overrides=options.overrides)
+    export = export_run(run, options.to, out, options.rank, checkpoint=checkpoint, config=config)
     manifest, console = export.manifest, Console(soft_wrap=True)
     rounding = manifest.get("rounding", {})
     if any(r["max_error"] for r in rounding.values()):

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast, get_args
 
@@ -59,6 +59,8 @@ class Weight:
     no_lora: str | None
     """Why LoRA cannot serve this matrix."""
     quantised: bool
+    leads_back: bool = False
+    """Whether it is the matrix of an MLP that returns to the hidden size what its other matrices have made of that."""
 
     @property
     def params(self) -> int:
@@ -119,6 +121,8 @@ def read_model(model: nn.Module, overrides: Mapping[str, str] = {}) -> Anatomy:
         component = known[nearest] if nearest else "other"
         layer = layers.get(_nearest(names[0], layers) or "")
         weights.append(_weight(model, modules, names, component, layer))
+    back = _leading_back(weights, hidden)
+    weights = [replace(w, leads_back=True) if w.name in back else w for w in weights]
     return Anatomy(_topology(blocks, mixers), tuple(weights), mixers)
 
 
@@ -387,6 +391,20 @@ def _feed_forward(
     roles |= dict.fromkeys(experts, "expert")
     roles |= dict.fromkeys((*routers, *gates), "router")
     return roles
+
+
+def _leading_back(weights: Sequence[Weight], hidden: int) -> set[str]:
+    """Names of the second layers of MLPs, which may be wider or narrower than they are long. Where an MLP is square,
+    every matrix could be it: then the last one."""
+    inside: dict[str, list[Weight]] = {}
+    for w in weights:
+        if w.linear and w.component in ("mlp", "expert"):
+            inside.setdefault(w.name.rpartition(".")[0], []).append(w)
+    found: set[str] = set()
+    for members in inside.values():
+        back = [w for w in members if w.shape[0] == hidden and any(s.shape[1] == hidden for s in members if s is not w)]
+        found |= {w.name for w in [w for w in back if w.shape[1] != hidden] or back[-1:]}
+    return found
 
 
 def _refuse_unread_block(

@@ -508,6 +508,13 @@ class Config(Settings):
                 raise ValueError(
                     f"{section}.{min(idle)} does nothing with adaptation={self.adaptation}{beside}; drop it"
                 )
+        treatment = TREATMENTS[self.rest]
+        if given is None and treatment.adapter and not treatment.scaled and self.lora.alpha is not None:
+            raise ValueError(f"lora.alpha={self.lora.alpha:g} does nothing: {self.rest} has no alpha; drop it")
+        own = {"matryoshka": self.matryoshka.ranks, **dict.fromkeys(ROUTED, self.molf.ranks)}.get(self.rest)
+        if given is None and own is not None and self.lora.ranks:
+            section = "matryoshka" if self.rest == "matryoshka" else "molf"
+            raise ValueError(f"{section}.ranks={own} is for every module, so that lora.ranks does nothing; drop one")
         if given is None and self.rest in ROUTED:
             pairs = len(self.molf.ranks or ([1, 4] if self.rest == "molf_efficient" else [1]))
             self.check_experts({pairs + TREATMENTS[self.rest].trains_weight})
@@ -610,8 +617,8 @@ class Config(Settings):
             idle -= {"budget"}
             if self.plan.budget != BudgetConfig(ratio=self.plan.budget.ratio) or self.lora.ranks:
                 raise ValueError(
-                    "adaptation=lora_matched has one rank, that of plan.budget.ratio and lora.rank; drop lora.ranks and "
-                    "the other fields of plan.budget"
+                    "adaptation=lora_matched has one rank, that of plan.budget.ratio and lora.rank; drop lora.ranks "
+                    "and the other fields of plan.budget"
                 )
         if self.adaptation != "hybrid" and idle:
             raise ValueError(

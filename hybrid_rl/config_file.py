@@ -23,6 +23,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises `ConfigError` with a message that fits one screen.
     """
+    tree = load_tree(path)
+    if any(override.partition("=")[0].strip() == "algorithm" for override in overrides):
+        _forget_preset(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def load_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked. Raises `ConfigError` if there is none."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -36,11 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a mapping of settings, not a {type(tree).__name__}")
-    if any(override.partition("=")[0].strip() == "algorithm" for override in overrides):
-        _forget_preset(tree)
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:

@@ -24,19 +24,23 @@ class TrainingMemory:
     moments: int
     """Adam's two fp32 moments of what is trained."""
     originals: int
-    """The base model's matrices in the places of the full ones, where a KL term needs the base policy."""
+    """The base model's weights in the places of those that are trained, where a KL term needs the base policy."""
     payload: int
-    """What a step's weight update sends."""
+    """What a complete weight update sends."""
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.masters + self.moments + self.originals
 
 
-def training_memory(anatomy: Anatomy, trainable: int, dtype: str, reference: int = 0) -> TrainingMemory:
-    """Memory of training `trainable` parameters of the model, LoRA's own included; `reference` of them are full ones
-    whose original is kept."""
+def training_memory(
+    anatomy: Anatomy, trainable: int, dtype: str, *, reference: int = 0, sent: int = 0
+) -> TrainingMemory:
+    """Memory of training `trainable` parameters, those of adapters included.
+
+    `reference`: parameters of trained weights whose original is kept. `sent`: elements of a weight update.
+    """
     size = ITEM_SIZE[dtype]
     weights = sum(w.params for w in anatomy.weights)
     fp32 = trainable * FP32
-    return TrainingMemory(weights * size, fp32, fp32, 2 * fp32, reference * size, trainable * size)
+    return TrainingMemory(weights * size, fp32, fp32, 2 * fp32, reference * size, sent * size)

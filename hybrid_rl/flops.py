@@ -1,7 +1,8 @@
 """Floating-point operations of training under a plan, for the model FLOPs utilisation (MFU; arXiv 2204.02311, app. B).
 
-Counted: matrix products of the weights that a token passes (of experts, the chosen share) and of attention. Not
-counted: state updates of recurrent mixers, element-wise work, and, as MFU asks, whatever is computed twice (activation
+Counted: matrix products of the weights that a token passes (of experts, the chosen share), of attention, of the
+matrices beside weights, frozen ones too, and of DoRA's factors with each other. Not counted: state updates of recurrent
+mixers, element-wise work (trained vectors that scale), and, as MFU asks, whatever is computed twice (activation
 checkpoints, chunked logits).
 """
 
@@ -33,16 +34,20 @@ class Flops:
     head_gradient: float
     """The same of the output head, a predicted token."""
     lora: float
-    """Forward and backward of LoRA's factors, a token."""
+    """Forward and backward of what stands beside weights, a token."""
+    norms: float
+    """A forward pass, whatever its tokens: the product of DoRA's factors, of which it needs the rows' norms."""
 
-    def training(self, lengths: Sequence[int], predicted: int) -> float:
-        """One forward and backward pass over sequences of `lengths` tokens, of which `predicted` enter the loss.
+    def training(self, lengths: Sequence[int], predicted: int, passes: int = 1) -> float:
+        """Forward and backward over sequences of `lengths` tokens, of which `predicted` enter the loss, in so many
+        `passes`.
 
         Frozen matrices pass the gradient on and have none themselves: four operations a weight and token, not six.
         """
         tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
         passed = 2 * (self.decoder * tokens + self.head * predicted) + 3 * self.attention * pairs
-        return passed + (self.full + self.lora) * tokens + self.head_gradient * predicted
+        beside = (self.full + self.lora) * tokens + self.norms * passes
+        return passed + beside + self.head_gradient * predicted
 
 
 def count_flops(anatomy: Anatomy, plan: AdaptationPlan, model_config: Any) -> Flops:
@@ -58,7 +63,7 @@ def count_flops(anatomy: Anatomy, plan: AdaptationPlan, model_config: Any) -> Fl
     heads = [w.params for w in anatomy.weights if w.component == "lm_head"]
     heads = heads or [w.params for w in anatomy.weights if w.component == "embedding"][:1]  # tied
     trained = [m for m in plan.modules if m.trains_weight and m.component != "embedding"]
-    lora = sum(multiplied(m.component, m.adapter_params) for m in plan.modules)
+    beside = [(m, *m.multiplied_params) for m in plan.modules]
     width = getattr(config, "num_attention_heads", 0) * (
         getattr(config, "head_dim", None) or config.hidden_size // max(1, getattr(config, "num_attention_heads", 1))
     )
@@ -69,7 +74,8 @@ def count_flops(anatomy: Anatomy, plan: AdaptationPlan, model_config: Any) -> Fl
         attention=4.0 * width * attention,  # query times key, and probability times value
         full=sum(multiplied(m.component, m.params) for m in trained if m.component != "lm_head"),
         head_gradient=sum(2.0 * m.params for m in trained if m.component == "lm_head"),
-        lora=3 * lora,
+        lora=sum(3 * multiplied(m.component, own) + 2 * multiplied(m.component, frozen) for m, own, frozen in beside),
+        norms=sum(2.0 * (m.rank or 0) * m.params for m in plan.named("dora")),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
@@ -26,9 +26,17 @@ from hybrid_rl.adaptation import AdaptedModel, remove_adapters
 from hybrid_rl.weight_sync import BaseFiles
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""Files of a model beside its weights and its code."""
-_LEFT = ("adapter_config.json", "export.json", "plan.json", "trainer_state.json", "training_args.json")
+_CONFIGS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "image_processor_config.json", "video_preprocessor_config.json"),
+)
+"""Configuration, which may name a model's own code."""
+_BESIDE = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "tokenizer.model.v*", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*"),
+)
+"""What else belongs to a model, beside its weights and its code."""
 
 
 class NotInFiles(ValueError):
@@ -54,21 +62,20 @@ class Rounding:
 def write_merged(adapted: AdaptedModel, model_path: str, directory: Path) -> dict[str, Rounding]:
     """Write the policy as it computes now into `directory`; returns what the cast did, by name in the files.
 
-    The adapters are merged into `adapted` and taken off. Raises `NotInFiles` where the files hold a trained tensor in a
-    form that it cannot be cast to.
+    The adapters are merged into `adapted` and taken off, and its weights rounded as the files' are. Raises `NotInFiles`
+    where the files hold a trained tensor in a form that it cannot be cast to.
     """
     files = BaseFiles(model_path)
     _check_tied(adapted)
     changed = list(adapted.full.values())
     for adapter in adapted.adapters.values():
-        weight, bias, base_bias = adapter.weight(), adapter.bias(), adapter.layer.get_base_layer().bias
-        adapter.base.data = weight
-        changed.append(adapter.base)
-        if bias is not None:
-            base_bias.data = bias
-            changed.append(base_bias)
+        for name, value in adapter.whole().items():
+            parameter = adapter.layer.get_base_layer().get_parameter(name)
+            parameter.data = value
+            changed.append(parameter)
     remove_adapters(adapted.model)
-    new = _by_key(adapted.model, {id(p) for p in changed}, files)
+    forms = _by_key(adapted.model, {id(p): p for p in changed}, files)
+    new = {key: tensor for form in forms.values() for key, tensor in form.items()}
     rounding: dict[str, Rounding] = {}
     for path, names in files.by_file().items():
         with safe_open(path, "pt") as file:
@@ -77,6 +84,11 @@ def write_merged(adapted: AdaptedModel, model_path: str, directory: Path) -> dic
         for name in new.keys() & tensors.keys():
             tensors[name], rounding[name] = _cast(name, new[name], tensors[name])
         safetensors.torch.save_file(tensors, directory / path.name, metadata=metadata)
+    for parameter, form in forms.items():
+        types = {getattr(torch, rounding[key].dtype) for key in form}
+        if len(types) > 1:
+            raise NotInFiles(f"{min(form)} and others that are one tensor in the model are of {len(types)} types there")
+        parameter.data = parameter.data.to(*types).to(parameter.dtype)
     _copy_rest(model_path, next(iter(files.by_file())).parent, directory)
     return dict(sorted(rounding.items()))
 
@@ -94,16 +106,17 @@ def _check_tied(adapted: AdaptedModel) -> None:
             raise NotInFiles(f"{other[0]} has the weight of {module}, without its adapter")
 
 
-def _by_key(model: Any, changed: Collection[int], files: BaseFiles) -> dict[str, Tensor]:
-    """The changed parameters by their names in the base model's files, where one may be in parts, or a part."""
+def _by_key(model: Any, changed: Mapping[int, nn.Parameter], files: BaseFiles) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Each changed parameter, given by its id, by its names in the base model's files, where it may be in parts, or a
+    part."""
     everything = dict(model.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     for name, parameter in everything.items():
         if id(parameter) in changed:
             names.setdefault(id(parameter), []).append(name)
-    new: dict[str, Tensor] = {}
+    new: dict[nn.Parameter, dict[str, Tensor]] = {}
     together: dict[str, Tensor] = {}
-    for aliases in names.values():
+    for which, aliases in names.items():
         size = everything[aliases[0]].numel()
         found = [_in_files(model, {alias: everything[alias].data}, files) for alias in aliases]
         forms = [f for f in found if sum(t.numel() for t in f.values()) == size and _fits(f, files)]
@@ -112,8 +125,7 @@ def _by_key(model: Any, changed: Collection[int], files: BaseFiles) -> dict[str,
             forms = [{key: together[key] for key in f} for f in found if f and together.keys() >= f.keys()]
         if not forms or not all(_fits(f, files) for f in forms):
             raise NotInFiles(f"{aliases[0]} is in the base model's files in another form")
-        for form in forms:
-            new |= form
+        new[changed[which]] = {key: tensor for form in forms for key, tensor in form.items()}
     return new
 
 
@@ -153,16 +165,28 @@ def _cast(name: str, new: Tensor, old: Tensor) -> tuple[Tensor, Rounding]:
 
 
 def _copy_rest(model_path: str, source: Path, directory: Path) -> None:
-    """Configuration, tokenizer, templates, licence. Code stays with the base model, and is referred to there."""
-    for pattern in _KEPT:
+    """Configuration, tokenizer, templates, licence, the index of weight files. A local model's own code comes along; a
+    hub model's stays there, and is referred to."""
+    for pattern in (*_CONFIGS, *_BESIDE, "model.safetensors.index.json"):
         for path in sorted(source.glob(pattern)):
-            left = path.name in _LEFT or path.name.endswith(".bin.index.json")
-            if path.is_file() and not left and not (directory / path.name).exists():
-                shutil.copyfile(path, directory / path.name)
-    config = directory / "config.json"
-    if not config.exists():
-        shutil.copyfile(str(cached_file(model_path, "config.json")), config)
-    tree = json.loads(config.read_text(encoding="utf-8"))
-    if "auto_map" in tree:
-        tree["auto_map"] = {k: v if "--" in v else f"{model_path}--{v}" for k, v in tree["auto_map"].items()}
-        config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(path, directory / path.name)
+    if not (directory / "config.json").exists():
+        shutil.copyfile(str(cached_file(model_path, "config.json")), directory / "config.json")
+    local = Path(model_path).is_dir()
+    for path in (directory / name for name in _CONFIGS if (directory / name).exists()):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict) or "auto_map" not in tree:
+            continue
+        if local:
+            for code in sorted(source.glob("*.py")):
+                shutil.copyfile(code, directory / code.name)
+        else:
+            tree["auto_map"] = {kind: _at(model_path, classes) for kind, classes in tree["auto_map"].items()}
+            path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _at(repository: str, classes: Any) -> Any:
+    """Classes of `auto_map` (`module.Class`; of tokenizers a list, with `None`) as ones in that repository."""
+    if isinstance(classes, list):
+        return [_at(repository, each) for each in classes]
+    return classes if not isinstance(classes, str) or "--" in classes else f"{repository}--{classes}"

@@ -1,6 +1,6 @@
 """The README.md of an export: what was trained how, what came of it, and how to load it.
 
-Strings of the user's are escaped; files of theirs are named without their directories, except the base model.
+Strings of the user's are escaped; files and models of theirs are named without their directories.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from hybrid_rl.config import Config
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.rollout.engine import ADAPTER_RANKS
-from hybrid_rl.treatments import TREATMENTS
+from hybrid_rl.treatments import ROUTED, TREATMENTS
 
 _IMPORT = "from transformers import AutoModelForCausalLM"
 _SHOWN = 8
@@ -26,9 +26,10 @@ _SHOWN = 8
 
 def model_card(config: Config, plan: AdaptationPlan, manifest: Mapping[str, Any]) -> str:
     """Markdown with a header for the hub."""
-    kind, step = manifest["format"], manifest["step"]
+    kind, step, model = manifest["format"], manifest["step"], shown_model(config.model.path)
+    hub = {"base_model": model} if model == config.model.path else {}
     head = {
-        "base_model": config.model.path,
+        **hub,
         "library_name": {"peft": "peft", "merged": "transformers"}.get(kind, "hybrid-rl"),
         "pipeline_tag": "text-generation",
         "tags": ["hybrid-rl", "reinforcement-learning", config.algorithm],
@@ -41,14 +42,15 @@ def model_card(config: Config, plan: AdaptationPlan, manifest: Mapping[str, Any]
     rank = f", the adapters cut to rank {manifest['rank']}" if manifest["rank"] else ""
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
-        f"# {escape(config.model.path)}, trained by {escape(config.algorithm)}",
+        f"# {escape(model)}, trained by {escape(config.algorithm)}",
         f"This is {what}{rank}. It was trained by reinforcement learning with verifiable rewards under an adaptation "
-        f"plan (`plan.json`, {plan.hash}), and exported after step {step} of {config.steps}.",
+        f"plan (`plan.json`, {plan.hash}), and exported after step {step} of {config.steps}."
+        + _origin(manifest.get("started_from", {})),
         "## How to load it\n\n" + _commands(manifest["commands"]),
         "## Metrics\n\n" + _table(("metric", "value"), _metrics(manifest)),
         f"## Plan\n\n{escape(plan.topology)}; {plan.totals['trainable_params']:,} trained parameters.\n\n"
         + _plan(plan),
-        "## Settings\n\n" + _table(("setting", "value"), _settings(config)),
+        "## Settings\n\n" + _table(("setting", "value"), _settings(config, plan)),
     ]
     if manifest.get("rounding"):
         parts.insert(-2, "## Rounding\n\n" + _rounding(manifest))
@@ -79,6 +81,11 @@ def load_commands(kind: str, model: str, lora: int) -> dict[str, str]:
     return {**commands, "hybrid-rl": carry_on}
 
 
+def shown_model(path: str) -> str:
+    """A local model's own name; a hub name as it is."""
+    return Path(path).resolve().name if Path(path).exists() or path[:1] in ("/", ".", "~") else path
+
+
 def escape(text: str) -> str:
     """Text on one line of Markdown that is nothing but text."""
     return re.sub(r"([\\`*_{}\[\]<>()#+|!~&$])", r"\\\1", " ".join(text.split()))
@@ -102,6 +109,17 @@ def _metrics(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, "-" if value is None else f"{value:.4g}") for name, value in rows]
 
 
+def _origin(started_from: Mapping[str, Any]) -> str:
+    """The exports that training started from, the latest first."""
+    chain = []
+    while started_from:
+        step = f" after step {started_from['step']}" if "step" in started_from else ", made elsewhere"
+        plan = f", plan {started_from['plan']}" if "plan" in started_from else ""
+        chain.append(f"an export (`{started_from['format']}`){step}{plan}")
+        started_from = started_from.get("started_from") or {}
+    return f" Training started from {', which started from '.join(chain)}." if chain else ""
+
+
 def _plan(plan: AdaptationPlan) -> str:
     used = [name for name in TREATMENTS if any(m.treatment == name for m in plan.modules)]
     rows = []
@@ -112,8 +130,10 @@ def _plan(plan: AdaptationPlan) -> str:
     return _table(("component", "weights", "parameters", *used), rows)
 
 
-def _settings(config: Config) -> list[tuple[str, str]]:
-    settings = {
+def _settings(config: Config, plan: AdaptationPlan) -> list[tuple[str, str]]:
+    settings: dict[str, Any] = {
+        "adaptation": config.adaptation if config.plan.given is None else "a finished plan",
+        **_adapters(config, plan),
         "algorithm": config.algorithm,
         "algo.kl_coef": config.algo.kl_coef,
         "data.train": _named(config.data.train),
@@ -129,7 +149,35 @@ def _settings(config: Config) -> list[tuple[str, str]]:
         "lora.lr": config.lora_lr,
         "model.dtype": config.model.dtype,
     }
-    return [(name, f"{value:g}" if isinstance(value, float) else str(value)) for name, value in settings.items()]
+    return [(name, _text(value)) for name, value in settings.items()]
+
+
+def _adapters(config: Config, plan: AdaptationPlan) -> dict[str, Any]:
+    """Of each treatment with an adapter, what the plan says of all its modules, and the settings that training has."""
+    found: dict[str, Any] = {}
+    for treatment in (name for name in TREATMENTS if TREATMENTS[name].adapter):
+        modules = plan.named(treatment)
+        said = [("rank", m.rank) for m in modules] + [("alpha", m.alpha) for m in modules]
+        said += [item for m in modules for item in m.options.items()]
+        for name in dict.fromkeys(name for name, value in said if value is not None):
+            values = dict.fromkeys(_text(value) for other, value in said if other == name)
+            found[f"{treatment}: {name}"] = " or ".join(values)
+    for section, treatments in {"molf": ROUTED, "adalora": ("adalora",)}.items():
+        if any(plan.named(treatment) for treatment in treatments):
+            settings = getattr(config, section).model_dump()
+            found |= {f"{section}.{name}": settings[name] for name in _WHILE_TRAINING[section]}
+    return found
+
+
+_WHILE_TRAINING = {
+    "molf": ("score", "top_k", "calibration", "lr_factors"),
+    "adalora": ("warmup", "final", "every", "beta1", "beta2", "orth_reg_weight"),
+}
+"""Settings of treatments that are not in the plan."""
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _named(source: str) -> str:

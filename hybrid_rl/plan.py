@@ -16,7 +16,7 @@ from typing import Any
 from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import ConfigError
 from hybrid_rl.files import write_atomically
-from hybrid_rl.treatments import ROUTED, TREATMENTS, adapter_params
+from hybrid_rl.treatments import ROUTED, TREATMENTS, adapter_params, multiplied_params
 
 PLAN_VERSION = 1
 
@@ -41,7 +41,7 @@ class PlannedModule:
     slices: tuple[tuple[str, int], ...] = ()
     """Parts of a fused projection, in the order of its rows: name and rows. They share one treatment."""
     extra: bool = False
-    """Full by `plan.also_full`, outside the budget and the ranking."""
+    """Full beside the candidates (`plan.also_full`, `bitfit`, MoLF), outside the budget and the ranking."""
     note: str | None = None
     """Why the treatment is not the one that the settings ask for."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +72,11 @@ class PlannedModule:
         """Trained parameters beside the weight."""
         return adapter_params(self.treatment, self.shape, self.rank or 0, self.options) if self.has_adapter else 0
 
+    @property
+    def multiplied_params(self) -> tuple[int, int]:
+        """Trained and frozen elements of the adapter that every token is multiplied by."""
+        return multiplied_params(self.treatment, self.shape, self.rank or 0, self.options)
+
 
 @dataclass(frozen=True)
 class AdaptationPlan:
@@ -100,6 +105,18 @@ class AdaptationPlan:
         return [m for m in self.modules if m.sent == what]
 
     @property
+    def sent_params(self) -> int:
+        """Elements of what engines are sent in full: whole weights, and factors, which all have the largest rank."""
+        rank = max((m.sent_rank for m in self.modules), default=0)
+        factors = sum(rank * sum(m.shape[-2:]) for m in self.sent_as("factors"))
+        return factors + sum(m.params for m in self.sent_as("weight"))
+
+    @property
+    def weight_params(self) -> int:
+        """Parameters of the weights that are trained themselves."""
+        return sum(m.params for m in self.modules if m.trains_weight)
+
+    @property
     def candidates(self) -> list[PlannedModule]:
         """The modules that were ranked, in rank order."""
         return [m for m in self.modules if not m.extra]
@@ -114,8 +131,7 @@ class AdaptationPlan:
                 totals |= _sizes(treatment, self.named(treatment))
         totals |= _sizes("extra", [m for m in self.modules if m.extra])
         totals["adapter_params"] = sum(m.adapter_params for m in self.modules)
-        weights = sum(m.params for m in self.modules if m.trains_weight)
-        totals["trainable_params"] = weights + totals["adapter_params"]
+        totals["trainable_params"] = self.weight_params + totals["adapter_params"]
         return totals
 
     @property

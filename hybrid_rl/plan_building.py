@@ -281,9 +281,7 @@ class _Adapters:
             wanted = self._adalora.initial(wanted, self._lora.rank)
             rank = min(wanted, most)
         if treatment == "ia3":  # as in its paper, what an MLP's second layer is given; elsewhere, what comes out
-            options = {
-                "scales": "input" if weight.component == "mlp" and weight.shape[0] < weight.shape[1] else "output"
-            }
+            options = {"scales": "input" if weight.leads_back else "output"}
         lowered = f"rank {wanted} lowered to {rank}: the matrix is {by(weight.shape)}" if rank < wanted else None
         return rank, options, lowered if TREATMENTS[treatment].ranked else None
 

@@ -29,7 +29,7 @@ from hybrid_rl.plan import AdaptationPlan, PlannedModule, by, treatment_label
 from hybrid_rl.plan_difference import PlanDifference
 from hybrid_rl.scoring import sketch_floats
 from hybrid_rl.tracking import RunDirectory, read_metrics
-from hybrid_rl.treatments import TREATMENTS
+from hybrid_rl.treatments import TREATMENTS, expert_names
 
 _COLOURS = {"accuracy": "#1b6ca8", "sampled": "#e07a1f", "reward": "#9aa5ad"}
 
@@ -137,7 +137,8 @@ def plan_table(plan: AdaptationPlan, top: int = 8) -> Table:
         table.add_column(header)
     for i, m in enumerate(plan.modules[:top], start=1):
         table.add_row(str(i), m.name, by(m.shape), "-" if m.score is None else f"{m.score:.3g}", treatment_label(m))
-    extra = f" and {totals['extra_modules']} more by plan.also_full" if totals["extra_modules"] else ""
+    why = "by plan.also_full" if plan.method.get("also_full") else "beside the candidates"
+    extra = f" and {totals['extra_modules']} more {why}" if totals["extra_modules"] else ""
     left = len(plan.modules) - top
     others = ", ".join(f"{totals[f'{t}_modules']} {t}" for t in _used(plan) if t != "full")
     table.caption = (f"{left} more in the plan; " if left > 0 else "") + (
@@ -198,9 +199,9 @@ def difference_table(difference: PlanDifference, other: str, top: int = 12) -> T
     left = len(difference.moved) - top
     correlation = difference.rank_correlation
     table.caption = (
-        f"{f'and {left} more; ' if left > 0 else ''}{len(difference.moved)} modules treated otherwise; full in both: "
-        f"{difference.same_full} ({difference.full_overlap:.0%} of those full in either); rank correlation of the "
-        f"scores: {'-' if correlation is None else f'{correlation:.2f}'}"
+        f"{f'and {left} more; ' if left > 0 else ''}{len(difference.moved)} modules treated otherwise; weight trained "
+        f"in both: {difference.same_full} ({difference.full_overlap:.0%} of those trained in either); rank correlation "
+        f"of the scores: {'-' if correlation is None else f'{correlation:.2f}'}"
     )
     return table
 
@@ -228,12 +229,12 @@ def draft_tables(
         parts["originals"] = "base policy for the KL"
     memory = Table("", "everything full", *plans)
     memory.title = f"Memory of training, all ranks together ({config.model.dtype})"
-    trained = [whole, *(plan.totals["trainable_params"] for plan in plans.values())]
-    full = [whole, *(plan.totals["full_params"] for plan in plans.values())]
-    kept = full if config.algo.needs_reference else [0] * len(full)
-    sides = [training_memory(anatomy, n, config.model.dtype, k) for n, k in zip(trained, kept, strict=True)]
-    memory.add_row("trained parameters", *(f"{count:,}" for count in trained))
-    for part, label in {**parts, "total": "total", "payload": "weight update"}.items():
+    counts = [(whole, whole, whole)]
+    counts += [(p.totals["trainable_params"], p.weight_params, p.sent_params) for p in plans.values()]
+    dtype, keeps = config.model.dtype, config.algo.needs_reference
+    sides = [training_memory(anatomy, n, dtype, reference=k if keeps else 0, sent=s) for n, k, s in counts]
+    memory.add_row("trained parameters", *(f"{n:,}" for n, _, _ in counts))
+    for part, label in {**parts, "total": "total", "payload": "complete weight update"}.items():
         memory.add_row(label, *(_gib(getattr(side, part)) for side in sides))
     memory.caption = (
         "activations, logits and the rollout engines apart; the hybrids with the largest matrices full, an upper bound"
@@ -246,7 +247,7 @@ def _gib(size: float) -> str:
 
 
 def draw_plan(plan: AdaptationPlan, path: Path) -> None:
-    """Heat map of the plan: layer by module kind, coloured by score, full modules outlined."""
+    """Heat map of the plan: layer by module kind, coloured by score; where the weight is trained, outlined."""
     figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(_kinds(plan)), 2.4 + min(0.42 * _layers(plan), 9.0)))
     _plot_plan(axes, plan)
     _save(figure, path)
@@ -315,34 +316,42 @@ def draw_ranks(
 
 
 def draw_routing(run: RunDirectory, plan: AdaptationPlan) -> None:
-    """Of MoLF: the share of updates that went to each expert, by module and layer."""
-    total: dict[str, Counter[int]] = {}
-    updates = 0
-    for stepped in run.read_routing().values():
-        updates += 1
-        for module, counts in stepped.items():
-            total.setdefault(module, Counter()).update(dict(enumerate(counts)))
-    modules = [m for m in _plotted(plan) if m.name in total]
+    """Of MoLF: the share of updates that stepped each expert, by module and layer."""
+    shares, steps = routing_shares(run, plan)
+    modules = [m for m in _plotted(plan) if m.name in shares]
     if not modules:
         return
-    experts = 1 + max(max(total[m.name]) for m in modules)
+    names = sorted(
+        {name for m in modules for name in shares[m.name]}, key=lambda name: (name != "weight", len(name), name)
+    )
     kinds = [kind for kind in _kinds(plan) if any(_kind(m) == kind for m in modules)]
-    figure, panels = plt.subplots(1, experts, figsize=(1.5 + 4.2 * experts, 4.4), sharey=True, squeeze=False)
-    for expert, axes in enumerate(panels[0]):
+    figure, panels = plt.subplots(1, len(names), figsize=(1.5 + 4.2 * len(names), 4.4), sharey=True, squeeze=False)
+    for name, axes in zip(names, panels[0], strict=True):
         grid = [[float("nan")] * len(kinds) for _ in range(_layers(plan))]
         for m in modules:
-            counts = total[m.name]
-            grid[m.layer or 0][kinds.index(_kind(m))] = counts[expert] / max(1, counts.total())
+            grid[m.layer or 0][kinds.index(_kind(m))] = shares[m.name].get(name, float("nan"))
         axes.set_facecolor("#eceff1")
         image = axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
         axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
-        weight = any(m.trains_weight for m in modules)
-        name = "weight" if weight and not expert else f"LoRA expert {expert + (not weight)}"
-        axes.set(ylabel="" if expert else "layer", title=name)
-    figure.colorbar(image, ax=panels[0].tolist(), label=f"share of the updates of {updates} steps")
+        axes.set(title=name.replace("expert_", "LoRA expert "))
+    panels[0][0].set(ylabel="layer")
+    figure.colorbar(image, ax=panels[0].tolist(), label=f"share of the updates of {steps} steps")
     figure.savefig(run.routing_image, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def routing_shares(run: RunDirectory, plan: AdaptationPlan) -> tuple[dict[str, dict[str, float]], int]:
+    """By module with experts, the share of a run's updates that stepped each of them, by name; and the number of
+    steps."""
+    rows = run.read_routing().values()
+    updates = sum(made for made, _ in rows)
+    shares: dict[str, dict[str, float]] = {}
+    for m in plan.modules:
+        if counts := [stepped[m.name] for _, stepped in rows if m.name in stepped]:
+            names = expert_names(len(counts[0]), weight=m.trains_weight)
+            shares[m.name] = {name: sum(c) / updates for name, c in zip(names, zip(*counts, strict=True), strict=True)}
+    return shares, len(rows)
 
 
 def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:
@@ -364,7 +373,7 @@ def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
     frozen = ", frozen (x)" if any(m.treatment == "frozen" for m in modules) else ""
-    axes.set(ylabel="layer", title=f"Plan: rank of score (blue), full (outlined){frozen}")
+    axes.set(ylabel="layer", title=f"Plan: rank of score (blue), weight trained (outlined){frozen}")
 
 
 def _plotted(plan: AdaptationPlan) -> list[PlannedModule]:

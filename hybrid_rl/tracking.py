@@ -89,19 +89,20 @@ class RunDirectory:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary, json.dumps(summary, indent=1) + "\n")
 
-    def write_routing(self, step: int, stepped: Mapping[str, tuple[int, ...]]) -> None:
-        """How many of a step's updates went to each expert, by module. A step that is done again is written again."""
+    def write_routing(self, step: int, updates: int, stepped: Mapping[str, tuple[int, ...]]) -> None:
+        """How many updates a step made, and in how many of them each expert was stepped, by module. A step that is done
+        again is written again."""
         with self.routing.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "updates": stepped}) + "\n")
+            file.write(json.dumps({"step": step, "updates": updates, "stepped": stepped}) + "\n")
 
-    def read_routing(self) -> dict[int, dict[str, list[int]]]:
-        """What `write_routing` wrote, by step."""
+    def read_routing(self) -> dict[int, tuple[int, dict[str, list[int]]]]:
+        """What `write_routing` wrote, by step: the updates, and those that stepped each expert, by module."""
         if not self.routing.exists():
             return {}
         rows = [
             json.loads(line) for line in self.routing.read_text(encoding="utf-8").splitlines() if line.endswith("}")
         ]
-        return {row["step"]: row["updates"] for row in rows}
+        return {row["step"]: (row["updates"], row["stepped"]) for row in rows}
 
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
         """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version, and which

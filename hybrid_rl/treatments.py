@@ -86,6 +86,25 @@ def adapter_params(treatment: str, shape: Sequence[int], rank: int, options: Map
     return plain + {"dora": out, "adalora": rank}.get(treatment, 0)
 
 
+def multiplied_params(treatment: str, shape: Sequence[int], rank: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements of the matrices that a token is multiplied by beside a weight of `shape` [..., out, in]: of those with a
+    gradient, and of frozen ones. Vectors, which scale, are in neither."""
+    out, inner = shape[-2:] if len(shape) > 1 else (shape[0], 1)
+    if not TREATMENTS[treatment].adapter or treatment == "ia3":
+        return 0, 0
+    if treatment == "randlora":  # of full rank; the smaller matrix is scaled by the trained vectors
+        ranks = math.ceil(min(out, inner) / rank) * rank
+        return ranks * min(out, inner), ranks * max(out, inner)
+    pair = (sum(options["ranks"]) if treatment in ROUTED else rank) * (out + inner)
+    return (0, pair) if treatment == "vera" else (pair, (TREATMENTS[treatment].multiple - 1) * pair)
+
+
+def expert_names(experts: int, *, weight: bool) -> list[str]:
+    """What a module's experts are called, in order; `weight`: whether the first is its own weight."""
+    lora = [f"expert_{i}" for i in range(1, experts + 1)]
+    return ["weight", *lora[:-1]] if weight else lora
+
+
 class FullConfig(Settings):
     lr: Positive = 1e-6
     """Learning rate of the fully fine-tuned matrices."""
@@ -190,7 +209,7 @@ class MatryoshkaConfig(Settings):
     """One adapter, every rank (arXiv 2605.07850, github.com/IST-DASLab/MatryoshkaLoRA): y = W x + B P A x."""
 
     ranks: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
-    """The nested ranks; by default the powers of two up to `lora.rank`, and it."""
+    """The nested ranks, whatever `lora.rank`; by default the powers of two up to `lora.rank`, and it."""
     scaling: Literal["none", "rank", "sqrt"] = "sqrt"
     """An adapter of rank k counts 1, 1 / k or 1 / sqrt(k) times; there is no alpha."""
     init: Literal["paper", "peft"] = "paper"

@@ -126,7 +126,7 @@ class TrainBatch:
     mini_batches: tuple[tuple[TrainSequence, ...], ...]
     lr_scale: Mapping[str, float]
     """Factor of each part's learning rate at this step."""
-    step: int = 1
+    step: int
     """Which step it is, from 1: what training draws at random depends on it."""
 
 
@@ -137,7 +137,9 @@ class StepStats:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     stepped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of MoLF, by module: how many of the step's updates went to each of its experts."""
+    """Of MoLF, by module: how many of the step's updates that were applied stepped each of its experts."""
+    applied: int = 0
+    """How many updates that were."""
 
 
 @dataclass(frozen=True)

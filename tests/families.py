@@ -320,9 +320,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def build(family: str, device: str = "cpu") -> PreTrainedModel:
-    """A tiny model of the family in float32, the same one at each call; on `meta` it has shapes only."""
+    """A tiny model of the family in float32, the same one at each call; on `meta` it has shapes only. Biases are not 0,
+    as those of new models are."""
     torch.manual_seed(0)
     config = FAMILIES[family]()
     auto = AutoModelForImageTextToText if family.endswith("_vl") else AutoModelForCausalLM
     with torch.device(device):
-        return auto.from_config(config)
+        model = auto.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

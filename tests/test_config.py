@@ -115,6 +115,8 @@ def test_presets_name_settings(name: str):
         ({"adaptation": "molf", "learner": {"optimizer": "deepspeed"}}, ["learner.optimizer=deepspeed", "MoLF"]),
         ({"plan": {"path": "p.json"}, "matryoshka": {"loss": "largest"}}, ["plan.path='p.json'", "matryoshka.loss"]),
         ({"adaptation": "matryoshka", "matryoshka": {"ranks": [4, 2]}}, ["matryoshka.ranks", "must rise"]),
+        ({"adaptation": "matryoshka", "lora": {"alpha": 8.0}}, ["lora.alpha=8", "matryoshka"]),
+        ({"adaptation": "matryoshka", "matryoshka": {"ranks": [1, 2]}, "lora": {"ranks": {"*": 4}}}, ["lora.ranks"]),
         ({"adaptation": "lora_matched", "plan": {"budget": {"unit": "modules"}}}, ["lora_matched", "plan.budget"]),
         ({"adaptation": "adalora", "adalora": {"warmup": 0.6}}, ["adalora.warmup=0.6", "adalora.final=0.5", "100"]),
         ({"plan": {"rest": "adalora"}, "steps": 1}, ["adalora.final=0.5", "1 updates"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_rl.adaptation import apply_plan, write_weights
-from hybrid_rl.checkpoint import STATE, WEIGHTS
+from hybrid_rl import merged_files
+from hybrid_rl.adaptation import Start, apply_plan, read_start, write_weights
+from hybrid_rl.checkpoint import STATE, WEIGHTS, TrainerState
 from hybrid_rl.cli import main
 from hybrid_rl.cluster.base import worker_environment
 from hybrid_rl.components import UnknownArchitecture, read_model
 from hybrid_rl.config import ConfigError, ModelConfig, PlanConfig
 from hybrid_rl.config_file import parse_config
+from hybrid_rl.digests import digest_of_all
 from hybrid_rl.export import FORMATS, export_run, load_export, open_export
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
@@ -31,6 +33,7 @@ from hybrid_rl.tracking import dump_config
 from hybrid_rl.treatments import ADAPTERS
 from hybrid_rl.treatments import LoraConfig as LoraSettings
 from tests.families import FAMILIES, build
+from trainers.setup import check_task
 
 IDS = torch.arange(4, 24)[None]
 DATA = {"train": "arithmetic@train", "eval": "arithmetic@eval"}
@@ -76,8 +79,8 @@ def write_run(path: Path, model: Path, plan: AdaptationPlan, tree: dict, step: i
     checkpoint = path / "checkpoints" / f"step_{step:06d}"
     checkpoint.mkdir(parents=True)
     write_weights(adapted.trained.items(), checkpoint / WEIGHTS)
-    state = {"step": step, "prompts_drawn": 0, "plan_hash": plan.hash, "zero_stage": 1, "world_size": 1}
-    (checkpoint / STATE).write_text(json.dumps(state))
+    base = digest_of_all(load(model).named_parameters())
+    (checkpoint / STATE).write_text(json.dumps(asdict(TrainerState(step, 0, plan.hash, 1, 1, base=base))))
     plan.save(path / "plan.json")
     (path / "config.yaml").write_text(dump_config(parse_config({**tree, "model": {"path": str(model)}, "steps": 3})))
     rows = [{"step": i, "reward/mean": i / 10, "eval/accuracy": i / 4} for i in (1, 2, 3)]
@@ -179,6 +182,21 @@ def test_a_plan_of_every_treatment_at_once(untied: Path, tiny_tree: dict, tmp_pa
         torch.testing.assert_close(logits(found), wanted, **SAME)
 
 
+def test_a_bias_that_ia3_scales_is_kept_beside_lora(tiny_tree: dict, tiny_model: Path, tmp_path: Path):
+    """PEFT's one type is LoRA then, and a module with IA3 is whole there, bias and all."""
+    model = tmp_path / "qwen2"
+    build("qwen2").save_pretrained(model)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(model)
+    lora, ia3 = (plan_of(model, name, ranks=False) for name in ("lora", "ia3"))
+    scaled = {m.name: m for m in ia3.modules if m.name.endswith(("q_proj", "k_proj"))}
+    plan = replace(lora, modules=tuple(scaled.get(m.name, m) for m in lora.modules))
+    run = write_run(tmp_path / "run", model, plan, tiny_tree)
+    for to in FORMATS:
+        check_reloaded(run, to, tmp_path / to)
+    taken_over = load_export(tmp_path / "peft", run.settings)
+    assert any(name.endswith("q_proj.bias") for name in taken_over.full)
+
+
 def all_tensors(model: Path) -> dict[str, Tensor]:
     return {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -216,16 +234,15 @@ def test_a_bfloat16_model_gets_fp32_arithmetic_and_one_cast(tiny_tree: dict, tin
     (half / "config.json").write_text(json.dumps(config))
     (half / "chat_template.jinja").write_text("{{ messages }}")
     (half / "code.py").write_text("class Mine: ...")
+    (half / "optimizer.json").write_text("{}")  # is not of the model
     plan = plan_of(half, "lora", 0.3, also_full=["*input_layernorm"])
     run = write_run(tmp_path / "run", half, plan, tiny_tree)
     merged = run.export("merged", tmp_path / "merged")
     now, weights, rounding = all_tensors(merged), run.weights(), open_export(merged).manifest["rounding"]
     assert "lm_head.weight" not in now
-    kept = {p.name for p in half.iterdir()} - {"code.py"}
+    kept = {p.name for p in half.iterdir()} - {"optimizer.json"}
     assert {p.name for p in merged.iterdir()} == kept | {"export.json", "plan.json", "README.md"}
-    config |= {"auto_map": {"AutoConfig": f"{half}--code.Mine"}}  # code stays with the base model
-    assert json.loads((merged / "config.json").read_text()) == config
-    for name in kept - {"config.json", "model.safetensors"}:
+    for name in kept - {"model.safetensors"}:
         assert (merged / name).read_bytes() == (half / name).read_bytes()
     assert now.keys() == stored.keys()
     for m in plan.modules:
@@ -288,6 +305,112 @@ def test_whatever_is_damaged_or_of_another_model_is_refused(make_run: Any, tiny_
                 load_export(out, ModelConfig(path=str(other)))
         with pytest.raises(ConfigError, match="exists already"):
             run.export(to, out)
+
+
+def test_the_merged_model_is_compared_with_the_policy_rounded_as_it_is(
+    tiny_tree: dict, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In bf16 the policy itself is no measure: a mistake could pass for rounding."""
+    half = tmp_path / "half"
+    load(tiny_model, torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(half)
+    run = write_run(tmp_path / "run", half, plan_of(half, "lora", ranks=False), tiny_tree)
+    by_key = merged_files._by_key
+
+    def swapped(*arguments: Any) -> Any:
+        forms = by_key(*arguments)
+        first, second = (form for form in forms.values() if "q_proj" in min(form))
+        [a], [b] = first, second
+        first[a], second[b] = second[b], first[a]
+        return forms
+
+    run.export("merged", tmp_path / "right")
+    monkeypatch.setattr(merged_files, "_by_key", swapped)
+    with pytest.raises(RuntimeError, match="from the policy's"):
+        run.export("merged", tmp_path / "wrong")
+
+
+def test_a_hub_models_code_stays_there(tmp_path: Path):
+    names = {"AutoTokenizer": ["code.Tokens", None], "AutoModel": "code.Mine", "AutoConfig": "other/one--code.Config"}
+    source, out = tmp_path / "snapshot", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (source / name).write_text(json.dumps({"auto_map": names}))
+    (source / "code.py").write_text("")
+    merged_files._copy_rest("of/hub", source, out)
+    assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer_config.json"}
+    for path in out.iterdir():
+        assert json.loads(path.read_text())["auto_map"] == {
+            "AutoTokenizer": ["of/hub--code.Tokens", None],
+            "AutoModel": "of/hub--code.Mine",
+            "AutoConfig": "other/one--code.Config",
+        }
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda tree: tree.pop("files"), "files"),
+        (lambda tree: tree.update(base=[]), "base"),
+        (lambda tree: tree["base"].update(tensors=[1]), "base.tensors"),
+        (lambda tree: tree.update(format="onnx"), "format"),
+        (lambda tree: tree.update(version=7), "of version 7"),
+        (lambda tree: tree["files"].pop("delta-00001.safetensors"), "does not list"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(change: Any, why: str, make_run: Any, tmp_path: Path):
+    run: Run = make_run("full")
+    out = run.export("delta", tmp_path / "out")
+    tree = json.loads((out / "export.json").read_text())
+    change(tree)
+    (out / "export.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=why):
+        open_export(out)
+    (out / "export.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        open_export(out)
+
+
+def test_what_an_export_does_not_list_is_refused(make_run: Any, tmp_path: Path):
+    """By format, not by what lies beside: an adapter_config.json does not make a delta an adapter."""
+    out = make_run("full").export("delta", tmp_path / "out")
+    for name in ("eval.json", "eval_ranks.png", "README.md", ".gitattributes"):
+        (out / name).write_text("")
+    open_export(out)
+    for name in ("delta-99999.safetensors", "adapter_config.json"):
+        (out / name).write_text("{}")
+        with pytest.raises(ConfigError, match=f"has {name}, which export.json does not list"):
+            open_export(out)
+        (out / name).unlink()
+
+
+@pytest.mark.parametrize("indices", [[-1], [10**6], [0, 1]])
+def test_elements_that_a_tensor_has_not_are_refused(indices: list[int], make_run: Any, tmp_path: Path):
+    run: Run = make_run("full")
+    adapted = apply_plan(load(run.model), run.plan)
+    name = next(iter(adapted.full))
+    tensors = {f"{name}.indices": torch.tensor(indices, dtype=torch.int32), f"{name}.values": torch.ones(1)}
+    save_file(tensors, tmp_path / "delta-00001.safetensors")
+    with pytest.raises(ValueError, match=r"has (elements|indices)"):
+        read_start(adapted, Start(str(tmp_path), "delta"))
+
+
+def test_another_base_model_than_the_runs_is_refused(
+    make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+):
+    run: Run = make_run("lora")
+    other = tmp_path / "other"
+    shutil.copytree(run.model, other)
+    path = next(p for p in other.glob("*.safetensors") if "model.norm.weight" in load_file(p))
+    save_file({**load_file(path), "model.norm.weight": torch.ones(64) * 1.5}, path, metadata={"format": "pt"})
+    arguments = ["export", str(run.path), "--to", "peft", f"model.path={other}", "--out"]
+    assert main([*arguments, str(tmp_path / "no")]) == 2
+    assert "is not the base model" in capsys.readouterr().err
+    state = run.path / "checkpoints/step_000003" / STATE
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"base": ""}))
+    assert main([*arguments, str(tmp_path / "trusted")]) == 0
+    assert sum("taken on trust" in record.message for record in caplog.records) == 1
 
 
 def test_a_failed_export_leaves_nothing(make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -444,12 +567,57 @@ def test_what_is_not_trained_here_is_refused(changes: dict, why: str, make_run: 
     assert why in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["width", "truncated", "lora_alpha", "saved"])
+def test_an_adapter_that_does_not_fit_is_refused(damage: str, untied: Path, tiny_tree: dict, tmp_path: Path):
+    """Before any worker starts, by the model's shapes alone."""
+    torch.manual_seed(2)
+    saved = ["lm_head"] if damage == "saved" else None
+    other = get_peft_model(load(untied), LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=saved))
+    other.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "lora_alpha":
+        config = tmp_path / "adapter" / "adapter_config.json"
+        tree = json.loads(config.read_text())
+        del tree["lora_alpha"]
+        config.write_text(json.dumps(tree))
+    else:
+        part = "lm_head" if damage == "saved" else "lora_A"
+        tensors = {n: t[:, :-1].contiguous() if part in n else t for n, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    why = {"truncated": "cannot be read", "lora_alpha": "lora_alpha=None"}.get(damage, "of shape")
+    with pytest.raises(ConfigError, match=f"cannot be trained further.*{why}"):
+        load_export(tmp_path / "adapter", ModelConfig(path=str(untied)))
+    settings = {**tiny_tree, "model": {"path": str(untied)}, "plan": {"start": str(tmp_path / "adapter")}}
+    with pytest.raises(ConfigError, match=f"cannot be trained further.*{why}"):
+        check_task(parse_config(settings))
+
+
+def test_damaged_checkpoints_are_refused(make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run: Run = make_run("lora")
+    for name in (WEIGHTS, STATE):
+        path = run.path / "checkpoints/step_000003" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100])
+        assert main(["export", str(run.path), "--to", "merged", "--out", str(tmp_path / "no")]) == 2
+        assert main(["eval", str(run.path / "config.yaml"), "--checkpoint", str(run.path)]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hybrid-rl ")]
+        assert len(errors) == 2
+        assert all(f"{name} cannot be read" in error for error in errors)
+        path.write_bytes(whole)
+
+
 def test_card_and_manifest(make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture):
     run: Run = make_run("hybrid")
     settings = yaml.safe_load((run.path / "config.yaml").read_text())
     settings["rewards"] = [{"plugin": f"{tmp_path}/mine|<b>.py:f"}]
     (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
-    (run.path / "summary.json").write_text(json.dumps({"steps": 3, "eval_before": {"eval/accuracy": 0.5}}))
+    summary = {"steps": 3, "eval_before": {"eval/accuracy": 0.5}, "eval_after": {"eval/accuracy": 0.75}}
+    (run.path / "summary.json").write_text(json.dumps(summary))
+    state = run.path / "checkpoints/step_000003" / STATE
+    origin = {"format": "delta", "step": 7, "rank": None, "plan": "0f", "started_from": {"format": "peft"}}
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"started_from": origin}))
     out = tmp_path / "out"
     assert main(["export", str(run.path), "--to", "merged", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -463,9 +631,29 @@ def test_card_and_manifest(make_run: Any, tmp_path: Path, capsys: pytest.Capture
     assert "| full | lora |" in card
     assert "vllm serve DIR" in card
     assert r"mine\|\<b\>.py:f" in card
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(run.model)
+    assert manifest["summary"]["eval_after"] == {"eval/accuracy": 0.75}
+    assert manifest["started_from"] == origin
+    assert "an export (`delta`) after step 7, plan 0f, which started from an export (`peft`), made elsewhere" in card
+    assert "| lora: rank | 4 or 2 |" in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])  # it is on no hub
+    assert f"# {run.model.name}, trained by" in card
+    assert str(run.model) not in card
     for text in (card, json.dumps(manifest)):
         assert str(tmp_path) not in text.replace(str(run.model), "")
+
+
+def test_the_card_has_what_its_treatments_are_made_of(make_run: Any, tmp_path: Path):
+    """And nothing of a step that was not exported."""
+    run: Run = make_run("matryoshka")
+    (run.path / "summary.json").write_text(json.dumps({"steps": 5, "eval_after": {"eval/accuracy": 0.5}}))
+    out = run.export("delta", tmp_path / "out")
+    assert json.loads((out / "export.json").read_text())["summary"] == {"steps": 5}
+    card = (out / "README.md").read_text()
+    assert "| matryoshka: loss | sum |" in card
+    assert "| matryoshka: ranks | \\[1, 2, 4\\]" in card
+    assert "molf" not in card
+    card = (make_run("molf").export("delta", tmp_path / "molf") / "README.md").read_text()
+    assert "molf.top\\_k" in card
 
 
 @pytest.mark.parametrize(
@@ -473,7 +661,7 @@ def test_card_and_manifest(make_run: Any, tmp_path: Path, capsys: pytest.Capture
     [
         (["--to", "onnx"], ["--to onnx", "peft, merged, delta"]),
         (["--to", "peft", "--rank", "2"], ["--rank 2", "matryoshka"]),
-        (["--to", "peft", "--checkpoint", "nowhere"], ["--checkpoint nowhere", "no finished checkpoint"]),
+        (["--to", "peft", "--checkpoint", "nowhere"], ["--checkpoint nowhere", "neither a finished checkpoint"]),
         (["--to", "peft", "steps=4"], ["steps=4", "model.path"]),
         (["--to", "peft", "model.path=nowhere"], ["model.path='nowhere'"]),
     ],

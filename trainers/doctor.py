@@ -27,7 +27,7 @@ def doctor_sync(config: Config, console: Console) -> bool:
     task = check_task(config)
     with console.status("starting learner and engines"), open_workplace(config, task) as workplace:
         plan = task.plan or _draft(config, task)
-        workplace.learner.build(plan)
+        workplace.learner.build(plan, task.start)
         table, well = _syncs(config, task, workplace)
         console.print(table)
         gate = Gate(config, workplace, task.eval)

@@ -15,19 +15,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hybrid_rl.adaptation import WEIGHTS, AdaptedModel
-from hybrid_rl.checkpoint import STATE, checkpoints, load_state
+from hybrid_rl.adaptation import AdaptedModel
 from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.evaluate import aurac, evaluate
-from hybrid_rl.export import load_export, open_export
+from hybrid_rl.export import open_export
 from hybrid_rl.files import write_atomically
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.report import Bar, draw_ranks, evaluation_table
 from hybrid_rl.rollout import sampling_from
-from hybrid_rl.stored_policy import load_policy
+from hybrid_rl.stored_policy import check_ranks, find_policy
 from hybrid_rl.weight_sync import open_publisher, served_tensors
-from trainers.setup import Task, check_engine, check_task, open_workplace
+from trainers.setup import Task, check_engine, check_input, open_workplace
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def evaluate_policy(
     """
     policy = _find(config, checkpoint, export)
     config = policy.config
-    task = check_task(config)
+    task = check_input(config)
     plan = _check_plan(policy, task)
     ranks = _checked(ranks, plan)
     adapted = policy.load() if policy.load is not None else None
@@ -174,30 +173,16 @@ def _find(config: Config, checkpoint: Path | None, export: Path | None) -> _Poli
 
 
 def _in_checkpoint(config: Config, directory: Path) -> _Policy:
-    """Of a run: `<run>/plan.json`, `<run>/checkpoints/step_*/`."""
-    given, step = f"--checkpoint {directory}", directory
-    if not (directory / STATE).is_file():
-        saved = checkpoints(directory / "checkpoints")
-        if not saved:
-            raise ConfigError(f"{given} is neither a checkpoint (<run>/checkpoints/step_*) nor a run that has one")
-        step = saved[-1]
-    step = step.resolve()
-    run = step.parent.parent
-    plan = AdaptationPlan.load(run / "plan.json", given + ", whose plan")
-    state = load_state(step)
-    if state.plan_hash != plan.hash:
-        raise ConfigError(f"{given}: {run / 'plan.json'} was changed since {step.name} was saved; restore it")
-    if not (step / WEIGHTS).is_file():
-        raise ConfigError(f"{given}: {step} has no {WEIGHTS}")
-
-    def load() -> AdaptedModel:
-        try:
-            return _cast(load_policy(config.model, plan, step / WEIGHTS), config)
-        except ValueError as error:
-            raise ConfigError(f"{given}: {error}") from None
-
-    source = {"checkpoint": str(step), "step": state.step, "trained_from": plan.model}
-    return _Policy(config, load, lambda anatomy: plan, given, run, source)
+    stored = find_policy(directory, f"--checkpoint {directory}")
+    source = {"checkpoint": str(stored.checkpoint), "step": stored.state.step, "trained_from": stored.plan.model}
+    return _Policy(
+        config,
+        lambda: _cast(stored.load(config.model), config),
+        lambda anatomy: stored.plan,
+        stored.given,
+        stored.run.path,
+        source,
+    )
 
 
 def _in_export(config: Config, directory: Path) -> _Policy:
@@ -205,14 +190,14 @@ def _in_export(config: Config, directory: Path) -> _Policy:
     base = exported.manifest.get("base", {})
     source = {"export": str(directory), "format": exported.format, "step": exported.manifest.get("step")}
     source |= {"trained_from": base.get("model"), "rank": exported.manifest.get("rank")}
-    components = base.get("components") or config.plan.components
+    components = exported.components or config.plan.components
     config = config.model_copy(update={"plan": config.plan.model_copy(update={"components": components})})
     if exported.format == "merged":
         model = config.model.model_copy(update={"path": str(directory)})
         return _Policy(config.model_copy(update={"model": model}), directory=directory, source=source)
     return _Policy(
         config,
-        lambda: _cast(load_export(directory, config.model, "--export"), config),
+        lambda: _cast(exported.load(config.model, components), config),
         lambda anatomy: exported.trained_plan(anatomy, config.model.path),
         f"--export {directory}",
         directory,
@@ -222,7 +207,7 @@ def _in_export(config: Config, directory: Path) -> _Policy:
 
 def _cast(adapted: AdaptedModel, config: Config) -> AdaptedModel:
     """To `model.dtype`, in which a learner has what it sends: scaling folded in sooner would round otherwise."""
-    adapted.model.to(getattr(torch, config.model.dtype))
+    adapted.cast(getattr(torch, config.model.dtype))
     return adapted
 
 
@@ -244,15 +229,7 @@ def _checked(ranks: Sequence[int], plan: AdaptationPlan) -> tuple[int, ...]:
     """Sorted. Raises `ConfigError` for ranks that the policy has not."""
     if not ranks:
         return ()
-    given = f"--ranks {','.join(map(str, ranks))}"
-    largest = max((m.rank or 0 for m in plan.named("matryoshka")), default=0)
-    if not largest:
-        raise ConfigError(
-            f"{given}: the policy has no matryoshka modules, which alone are an adapter at every rank; give the "
-            "--checkpoint, or --export of a delta, of a run with adaptation=matryoshka"
-        )
-    if max(ranks) > largest:
-        raise ConfigError(f"{given}: {max(ranks)} is above the largest rank of the plan; use at most {largest}")
+    check_ranks(plan, ranks, f"--ranks {','.join(map(str, ranks))}")
     return tuple(sorted(set(ranks)))
 
 

@@ -9,6 +9,7 @@ from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
 from hybrid_rl.evaluate import evaluate
+from hybrid_rl.export import provenance
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.plan import AdaptationPlan
@@ -24,7 +25,7 @@ from trainers.step import InTurn, RolloutSource, SkipGuard
 
 def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
     """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can."""
-    task = check_task(config)
+    task = check_run(config, resume)
     run = RunDirectory.open(config) if resume else RunDirectory.create(config, name)
     try:
         _run(config, task, run, resume)
@@ -34,17 +35,26 @@ def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
     return run
 
 
+def check_run(config: Config, resume: bool) -> Task:
+    """Everything that needs no worker. A run that is resumed has its own plan, wherever it once came from."""
+    return check_task(config, AdaptationPlan.load(RunDirectory.open(config).plan, "run.dir's plan") if resume else None)
+
+
 def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
         started = time.perf_counter()
+        base = workplace.learner.base_digest()
         plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace, screen.show_ranking)
         ranking = run.read_summary()["ranking_seconds"] if resume else time.perf_counter() - started
         if not resume:
             plan.save(run.plan)
             draw_plan(plan, run.plan_image)
         screen.show_plan(plan)
-        workplace.learner.build(plan)
-        done = _restore(run, plan, config, workplace) if resume else TrainerState(0, 0, plan.hash, 0, 0)
+        workplace.learner.build(plan, task.start)
+        if resume:
+            done = _restore(run, plan, base, config, workplace)
+        else:
+            done = TrainerState(0, 0, plan.hash, 0, 0, base=base, started_from=provenance(config))
         workplace.sync(done.step)
         gate = Gate(config, workplace, task.eval)
         gate.check(done.step)
@@ -105,13 +115,18 @@ def _loop(
         recorder.write(step, clock, rollouts, data, stats, synced, source.position, metrics)
 
 
-def _restore(run: RunDirectory, plan: AdaptationPlan, config: Config, workplace: Workplace) -> TrainerState:
+def _restore(run: RunDirectory, plan: AdaptationPlan, base: str, config: Config, workplace: Workplace) -> TrainerState:
     saved = checkpoints(run.checkpoints)
     if not saved:
         raise ConfigError(f"{run.path} has no finished checkpoint to resume from; start the run anew")
     state = load_state(saved[-1])
     if state.plan_hash != plan.hash:
         raise ConfigError(f"{run.plan} was changed since {saved[-1].name} was saved; restore it or start a new run")
+    if state.base not in ("", base):
+        raise ConfigError(
+            f"model.path={config.model.path!r} is not the base model that {run.path} was started with: its weights "
+            "differ; resume with that one"
+        )
     if (state.zero_stage, state.world_size) != (config.learner.zero_stage, config.learner.world_size):
         raise ConfigError(
             f"{saved[-1].name} was saved with learner.zero_stage={state.zero_stage}, learner.world_size="

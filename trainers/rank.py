@@ -54,14 +54,18 @@ def rank_dry_run(config: Config, console: Console) -> None:
     anatomy, _ = check_plan(config, meta_model(config))
     candidates = select_candidates(anatomy, config.plan)
     kinds = len(find_score(config.plan.score).kinds)
+    wanted = [
+        ("hybrid, by params", "hybrid", "params", "lora"),
+        ("hybrid, by modules", "hybrid", "modules", "lora"),
+        ("LoRA", "lora", "params", "lora"),
+    ]
+    asked = f"plan.rest={config.plan.rest}" if config.adaptation == "hybrid" else f"adaptation={config.adaptation}"
+    if asked not in ("plan.rest=lora", "adaptation=lora", "adaptation=full"):
+        wanted.append((asked, config.adaptation, config.plan.budget.unit, config.plan.rest))
     plans = {}
-    for label, adaptation, unit in (
-        ("hybrid, by params", "hybrid", "params"),
-        ("hybrid, by modules", "hybrid", "modules"),
-        ("LoRA", "lora", "params"),
-    ):
+    for label, adaptation, unit, rest in wanted:
         budget = config.plan.budget.model_copy(update={"unit": unit})
-        settings = config.plan.model_copy(update={"budget": budget, "rest": "lora"})
+        settings = config.plan.model_copy(update={"budget": budget, "rest": rest})
         as_if = config.model_copy(update={"adaptation": adaptation, "plan": settings})
         plans[label] = configured_plan(anatomy, as_if, {c.name: float(c.params) for c in candidates}, {})
     for table in draft_tables(config, anatomy, candidates, plans, kinds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 
@@ -15,6 +16,8 @@ from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
 from hybrid_rl.types import StepStats
 from trainers.setup import Synced, Task, Workplace
 from trainers.step import Rollouts, staleness_metrics
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -34,8 +37,10 @@ class Recorder:
         """`done`: where the run stood at `started` (`time.perf_counter`)."""
         self._config, self._task, self._workplace, self._plan = config, task, workplace, plan
         self._run, self._screen, self._log = run, screen, MetricsLog(run, config, last=done.row)
-        self._before = done.wall_seconds - started
+        self._done, self._before = done, done.wall_seconds - started
         self._faults: Mapping[str, int] = {}
+        self._ranks = done.row.get("adalora/budget", sum(m.rank or 0 for m in plan.named("adalora")))
+        """That AdaLoRA's schedule has left after the latest update."""
         self.last_eval: Mapping[str, float] = done.last_eval
 
     def write(
@@ -64,7 +69,10 @@ class Recorder:
         self._faults = faults
         run.write_rollouts(step, rollouts.groups, data.advantages)
         if stats.stepped:
-            run.write_routing(step, stats.stepped)
+            run.write_routing(step, stats.applied, stats.stepped)
+        self._ranks = stats.metrics.get("adalora/budget", self._ranks)
+        if step == config.steps:
+            self._warn_of_ranks()
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             with clock.time("eval"):
                 self.last_eval = evaluate(workplace.episodes, workplace.rewards, self._task.eval, config)
@@ -80,11 +88,23 @@ class Recorder:
                     self.wall_seconds,
                     self.last_eval,
                     row | clock.row(),
+                    self._done.base,
+                    self._done.started_from,
                 )
                 save_checkpoint(run.checkpoints, state, workplace.learner.save, keep_last=config.checkpoint.keep_last)
         row |= clock.row()
         self._log.write(row, {"policy/advantages": [a for group in data.advantages for a in group]})
         self._screen.show_step(row)
+
+    def _warn_of_ranks(self) -> None:
+        wanted = sum(m.options["target"] for m in self._plan.named("adalora"))
+        if self._ranks > wanted:
+            logger.warning(
+                "the run ends with %d ranks in its adalora modules, above the %d that are asked for: updates that were "
+                "skipped (faults/skipped_updates), and steps that trained on nothing, advance no phase of adalora",
+                self._ranks,
+                wanted,
+            )
 
     @property
     def wall_seconds(self) -> float:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid_rl.adaptation import PARTS
+from hybrid_rl.adaptation import PARTS, Start
 from hybrid_rl.algorithms import rehearse
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
@@ -49,8 +49,10 @@ class Task:
     too_long: int
     """Training prompts left out as too long."""
     columns: list[str]
-    plan: AdaptationPlan | None
-    """The plan given by `plan.path` or `plan.start`."""
+    plan: AdaptationPlan | None = None
+    """The plan given by `plan.path` or `plan.start`, or a resumed run's own."""
+    start: Start | None = None
+    """The values of `plan.start`."""
 
 
 @dataclass
@@ -96,24 +98,32 @@ class Synced:
     """Engines whose receipt equals the learner's digests."""
 
 
-def check_task(config: Config) -> Task:
-    """Read the model's structure, the data and the plan; raise `ConfigError` for whatever cannot work."""
+def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
+    """Read the model's structure, the data and the plan; raise `ConfigError` for whatever cannot work.
+
+    `plan`: a resumed run's own, with which nothing is looked up in `plan.path` or `plan.start`.
+    """
+    _check_algorithm(config)
+    task, model = _read_input(config)
+    plan, start = _check_plans(config, model, task.anatomy, plan)
+    return replace(task, plan=plan, start=start)
+
+
+def check_input(config: Config) -> Task:
+    """`check_task` without what decides how a policy is trained: for one that is there already."""
+    return _read_input(config)[0]
+
+
+def _read_input(config: Config) -> tuple[Task, Any]:
+    """What there is beside a plan, and the model without its weights."""
     if config.warm_start is not None and not Path(config.model.path).exists():
         raise ConfigError(
             f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
         )
-    rehearse(config.algo)
-    if config.algo.kl_coef and config.algo.kl_in == "loss" and config.algo.kl_estimator == "k1":
-        logger.warning("algo.kl_estimator=k1 in the loss has a gradient of mean 0; use k2 or k3, or algo.kl_in=reward")
-    on_policy = config.batch.mini_batches == config.batch.epochs == 1 and config.algo.old_logprobs == "learner"
-    if on_policy and config.algo.loss.startswith("gspo"):
-        logger.warning(
-            "every update is on-policy, so that GSPO's clip does nothing; its paper has batch.mini_batches=4"
-        )
     tokenizer = load_tokenizer(config)
     model = meta_model(config)
     _check_weights(config)
-    anatomy, plan = check_plan(config, model)
+    anatomy = _read_anatomy(config, model)
 
     data = config.data
     read: dict[str, Any] = {"columns": data.columns, "answer_after": data.answer_after}
@@ -125,27 +135,54 @@ def check_task(config: Config) -> Task:
     itemsize = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size()
     model_bytes = sum(p.numel() for p in model.parameters()) * itemsize
     columns = sorted(set(train_rows[0]) & set(eval_rows[0]))
-    return Task(anatomy, model_bytes, train, held_out, too_long, columns, plan)
+    return Task(anatomy, model_bytes, train, held_out, too_long, columns), model
+
+
+def _check_algorithm(config: Config) -> None:
+    rehearse(config.algo)
+    if config.algo.kl_coef and config.algo.kl_in == "loss" and config.algo.kl_estimator == "k1":
+        logger.warning("algo.kl_estimator=k1 in the loss has a gradient of mean 0; use k2 or k3, or algo.kl_in=reward")
+    on_policy = config.batch.mini_batches == config.batch.epochs == 1 and config.algo.old_logprobs == "learner"
+    if on_policy and config.algo.loss.startswith("gspo"):
+        logger.warning(
+            "every update is on-policy, so that GSPO's clip does nothing; its paper has batch.mini_batches=4"
+        )
 
 
 def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | None]:
     """What the model consists of, and the plan of `plan.path` or `plan.start` if there is one; everything about plans
     that needs no weights is checked."""
+    anatomy = _read_anatomy(config, model)
+    return anatomy, _check_plans(config, model, anatomy, None)[0]
+
+
+def _read_anatomy(config: Config, model: Any) -> Anatomy:
     try:
         anatomy = read_model(model, config.plan.components)
         cross_check(model, anatomy, config.plan.components)
     except ValueError as error:  # not understood, or an override that fits nothing
         raise ConfigError(f"model.path={config.model.path!r}: {error}") from None
-    plan = AdaptationPlan.load(config.plan.path) if config.plan.path else None
-    plan = start_plan(config, anatomy) if config.plan.start else plan
+    return anatomy
+
+
+def _check_plans(
+    config: Config, model: Any, anatomy: Anatomy, plan: AdaptationPlan | None
+) -> tuple[AdaptationPlan | None, Start | None]:
+    """The plan and the values to start from, as far as they are given. `plan`: a resumed run's own."""
+    start = None
+    if plan is None and config.plan.path is not None:
+        plan = AdaptationPlan.load(config.plan.path)
+    elif plan is None and config.plan.start is not None:
+        plan, start = start_plan(config, anatomy)
     if plan is not None:
         plan.check_against(anatomy)
-        _check_given(config, plan)
+        if config.plan.given is not None:
+            _check_given(config, plan)
     else:
         find_score(config.plan.score)
         _check_choices(config, anatomy)
     quantised = getattr(model.config, "quantization_config", None)
-    if quantised is not None and (config.adaptation not in _BESIDE_QUANTISED or plan is not None):
+    if quantised is not None and (config.adaptation not in _BESIDE_QUANTISED or config.plan.given is not None):
         raise ConfigError(
             f"model.path={config.model.path!r} is quantised, and what is quantised can neither be fully fine-tuned nor "
             f"taken apart; use the unquantised model, or adaptation={'|'.join(_BESIDE_QUANTISED)}"
@@ -153,7 +190,7 @@ def check_plan(config: Config, model: Any) -> tuple[Anatomy, AdaptationPlan | No
     _check_sequence_parallel(config, model, anatomy)
     for each in [plan] if plan is not None else _drafts(anatomy, config):
         check_engine(config, each)
-    return anatomy, plan
+    return plan, start
 
 
 _BESIDE_QUANTISED = ("lora", "rslora", "matryoshka", "molf_efficient")
@@ -405,8 +442,7 @@ def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> Le
 
     # Workers may start in another directory.
     model = config.model.model_copy(update={"path": _resolved(config.model.path)})
-    plan = config.plan.model_copy(update={"start": config.plan.start and _resolved(config.plan.start)})
-    config = config.model_copy(update={"model": model, "plan": plan})
+    config = config.model_copy(update={"model": model})
     takes = _learner_resources(config, cluster)
     workers = [
         cluster.start(rank, LearnerWorker, config, rank, transport, name=f"learner-{rank}", takes=takes)

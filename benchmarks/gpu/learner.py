@@ -75,7 +75,7 @@ def measure(shape: str, path: str, adaptation: str, checkpoints: bool, options: 
     file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = load_config(file, options.overrides)
     worker = start_worker(config)
-    batch = mini_batches(sequences(count, longest, more["vocab_size"]), config, {"full": 1.0, "lora": 1.0})
+    batch = mini_batches(sequences(count, longest, more["vocab_size"]), config, {"full": 1.0, "lora": 1.0}, 1)
     reset_peak()
     rows = []
     for _ in range(1 + options.steps):

@@ -3,7 +3,7 @@
 from hybrid_rl.adaptation.adapters import Adapter, Factors, LowRank
 from hybrid_rl.adaptation.apply import AdaptedModel, apply_plan, remove_adapters, weight_named
 from hybrid_rl.adaptation.groups import PARTS, ParameterGroup, parameter_groups
-from hybrid_rl.adaptation.stored import WEIGHTS, read_start, read_weights, write_weights
+from hybrid_rl.adaptation.stored import WEIGHTS, Start, read_start, read_weights, write_weights
 
 __all__ = [
     "PARTS",
@@ -13,6 +13,7 @@ __all__ = [
     "Factors",
     "LowRank",
     "ParameterGroup",
+    "Start",
     "apply_plan",
     "parameter_groups",
     "read_start",

@@ -29,6 +29,12 @@ class Factors:
     p: Tensor | None = None
     """[rank]; all 1 by default."""
 
+    @property
+    def scaled_b(self) -> Tensor:
+        """`scaling * B @ diag(P)` in fp32 [out, rank]."""
+        b = self.b.detach().float() * self.scaling
+        return b if self.p is None else b * self.p.detach().to(b)
+
 
 class Adapter(ABC):
     """One module's adapter; several modules share it where they share a weight."""
@@ -56,13 +62,25 @@ class Adapter(ABC):
     def factors(self) -> list[Factors]:
         """The difference from the base model's weight, as a sum; empty where it is not of low rank."""
 
-    @abstractmethod
     def weight(self) -> Tensor:
         """The weight that it comes to, in fp32 [out, in]."""
+        total = self.base.detach().float()
+        for f in self.factors():
+            total = total + f.scaled_b @ f.a.detach().float()
+        return total
+
+    @property
+    def acts_on(self) -> tuple[str, ...]:
+        """Parameters of the layer below that it makes others of."""
+        return ("weight",)
+
+    def whole(self) -> dict[str, Tensor]:
+        """What the parameters that it acts on come to, in fp32."""
+        return {"weight": self.weight()}
 
     def bias(self) -> Tensor | None:
         """The bias that it comes to, in fp32 [out], if the adapter acts on it."""
-        return None
+        return self.whole()["bias"] if "bias" in self.acts_on else None
 
     def switch(self, on: bool) -> None:
         """Whether the adapter is part of the forward pass."""
@@ -112,13 +130,6 @@ class LowRank(Adapter):
             for name in layer.lora_A
         ]
 
-    def weight(self) -> Tensor:
-        total = self.base.detach().float()
-        for f in self.factors():
-            b = f.b.detach().float() * f.scaling
-            total = total + (b if f.p is None else b * f.p.to(b)) @ f.a.detach().float()
-        return total
-
 
 class AdaLora(Adapter):
     """AdaLoRA (arXiv 2303.10512): B diag(E) A, whose ranks are given to the modules that need them.
@@ -152,13 +163,6 @@ class AdaLora(Adapter):
             )
             for name in layer.lora_A
         ]
-
-    def weight(self) -> Tensor:
-        total = self.base.detach().float()
-        for f in self.factors():
-            assert f.p is not None
-            total = total + (f.b.detach().float() * f.p.detach().float() * f.scaling) @ f.a.detach().float()
-        return total
 
 
 _ADALORA = ("lora_A", "lora_B", "lora_E")
@@ -201,25 +205,24 @@ class Reparametrised(Adapter):
         return []
 
     def weight(self) -> Tensor:
-        return self._merged()[0]
-
-    def bias(self) -> Tensor | None:
-        return self._merged()[1] if self._scales_bias else None
+        return self.whole()["weight"]
 
     @property
-    def _scales_bias(self) -> bool:
-        return self.layer.get_base_layer().bias is not None and not getattr(self.layer, "is_feedforward", True)
+    def acts_on(self) -> tuple[str, ...]:
+        """IA3 scales the bias with the output."""
+        scales = self.layer.get_base_layer().bias is not None and not getattr(self.layer, "is_feedforward", True)
+        return ("weight", "bias") if scales else ("weight",)
 
     @torch.no_grad()
-    def _merged(self) -> tuple[Tensor, Tensor | None]:
-        """PEFT merges into the weight, and IA3's into the bias too, in place; they are put back as they were."""
+    def whole(self) -> dict[str, Tensor]:
+        """PEFT merges into the parameters in place; they are put back as they were."""
         base = self.layer.get_base_layer()
         kept = {name: p.data for name, p in base.named_parameters()}
         for p in base.parameters():
             p.data = p.data.float().clone()
         try:
             self.layer.merge()
-            return base.weight.data, None if base.bias is None else base.bias.data
+            return {name: base.get_parameter(name).data for name in self.acts_on}
         finally:
             for name, p in base.named_parameters():
                 p.data = kept[name]
@@ -228,24 +231,24 @@ class Reparametrised(Adapter):
 
 class Vera(Reparametrised):
     """VeRA (arXiv 2310.11454): two trained vectors around one pair of random matrices, which all modules share the
-    beginnings of. PEFT's own merge mixes precisions where the model is not fp32."""
+    beginnings of. The matrices are fp32, as PEFT makes them from a seed; the forward pass takes them in its own
+    precision, which PEFT's leaves to the caller. PEFT's merge mixes precisions where the model is not fp32."""
 
     def __init__(self, module: str, layer: Any, *, trained: Sequence[str]) -> None:
         super().__init__(module, layer, trained=trained)
-        layer.register_forward_pre_hook(_follow_precision)
+        (self._name,) = layer.vera_lambda_b
+        self._a, self._b = layer.vera_A[self._name], layer.vera_B[self._name]
 
-    def weight(self) -> Tensor:
-        layer, (name,) = self.layer, self.layer.vera_lambda_b
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Make the forward pass one in `dtype`, to which the parameters are cast apart; `weight` stays exact."""
+        for shared, exact in ((self.layer.vera_A, self._a), (self.layer.vera_B, self._b)):
+            if shared[self._name].dtype != dtype:
+                shared[self._name] = exact.to(shared[self._name].device, dtype)
+
+    def whole(self) -> dict[str, Tensor]:
+        lambda_b, lambda_d = (getattr(self.layer, f"vera_lambda_{x}")[self._name].detach().float() for x in "bd")
         weight = self.base.detach().float()
         out, inner = weight.shape
-        a = layer.vera_A[name][:, :inner].float() * layer.vera_lambda_d[name].detach().float()[:, None]
-        b = layer.vera_B[name][:out].float() * layer.vera_lambda_b[name].detach().float()[:, None]
-        return weight + b @ a
-
-
-def _follow_precision(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-    """DeepSpeed casts a model's parameters, but not the buffers that VeRA multiplies by."""
-    for buffers in (layer.vera_A, layer.vera_B):
-        for name, buffer in buffers.items():
-            if buffer.dtype != inputs[0].dtype:
-                buffers[name] = buffer.to(inputs[0].dtype)
+        a = self._a[:, :inner].to(lambda_d) * lambda_d[:, None]
+        b = self._b[:out].to(lambda_b) * lambda_b[:, None]
+        return {"weight": weight + b @ a}

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hybrid_rl import module_facts as facts
-from hybrid_rl.adaptation.adapters import Adapter, LowRank
+from hybrid_rl.adaptation.adapters import Adapter, LowRank, Vera
 from hybrid_rl.adaptation.inject import inject
 from hybrid_rl.adaptation.matryoshka import Nesting
 from hybrid_rl.plan import AdaptationPlan
@@ -38,7 +39,7 @@ class AdaptedModel:
     """By module name."""
     experts: dict[str, Experts] = field(default_factory=dict)
     """Of MoLF, by module name: each expert's parameters, the module's own first where they are one."""
-    merged: frozenset[str] = frozenset()
+    sent_whole: frozenset[str] = frozenset()
     """Modules whose adapter engines get within the whole weight."""
     sent_rank: int = 0
     """Rank that the factors sent to engines are padded to."""
@@ -52,6 +53,20 @@ class AdaptedModel:
         """Every trained parameter: a weight by its name in the base model, an adapter's by its module's and its own."""
         beside = {f"{m}.{name}": p for m, a in self.adapters.items() for name, p in a.parameters.items()}
         return {**self.full, **beside}
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Make the forward pass one in `dtype`: casts what adapters multiply by that is no parameter. What engines are
+        sent does not change by it."""
+        for adapter in self.adapters.values():
+            if isinstance(adapter, Vera):
+                adapter.compute_in(dtype)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """To `dtype` as DeepSpeed casts a model: its parameters, not its buffers."""
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        self.compute_in(dtype)
 
     @property
     def nestings(self) -> list[Nesting]:
@@ -94,9 +109,9 @@ def apply_plan(model: nn.Module, plan: AdaptationPlan) -> AdaptedModel:
     model.requires_grad_(False)
     adapters = {m.name: adapters[m.name] for m in plan.adapted}
     experts = {m.name: tuple(_experts(m.name, full, adapters[m.name])) for m in plan.adapted if m.treatment in ROUTED}
-    merged = frozenset(m.name for m in plan.adapted if m.sent == "weight")
+    sent_whole = frozenset(m.name for m in plan.adapted if m.sent == "weight")
     sent_rank = max((m.sent_rank for m in plan.modules), default=0)
-    adapted = AdaptedModel(model, full, adapters, experts, merged, sent_rank)
+    adapted = AdaptedModel(model, full, adapters, experts, sent_whole, sent_rank)
     for parameter in adapted.trained.values():
         parameter.requires_grad_(True)
     return adapted

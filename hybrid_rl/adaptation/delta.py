@@ -12,7 +12,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hybrid_rl.adaptation.apply import AdaptedModel
@@ -44,15 +44,18 @@ def write_delta(
 def read_delta(adapted: AdaptedModel, directory: Path) -> None:
     """Set the trained parameters of a model that is otherwise the base model to what `write_delta` wrote.
 
-    Raises `ValueError` if the files have other tensors than the model trains, or of other shapes.
+    Raises `ValueError` if the files are damaged, or have other tensors than the model trains, or of other shapes.
     """
     trained, seen = adapted.trained, set()
     for path in [*sorted(directory.glob(_DELTAS)), directory / ADAPTER_FILE]:
-        for name, parts in _tensors(path):
-            if name not in trained:
-                raise ValueError(f"{path} is not of this plan: it has {name}, which the model does not train")
-            _set(trained[name], parts, f"{path}: {name}")
-            seen.add(name)
+        try:
+            for name, parts in _tensors(path):
+                if name not in trained:
+                    raise ValueError(f"{path} is not of this plan: it has {name}, which the model does not train")
+                _set(trained[name], parts, f"{path}: {name}")
+                seen.add(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
     if absent := sorted(trained.keys() - seen):
         raise ValueError(f"{directory} is not of this plan: it has no {absent[0]}")
 
@@ -93,6 +96,8 @@ def _set(parameter: Tensor, parts: tuple[Tensor, ...], where: str) -> None:
         parameter.copy_(parts[0])
         return
     indices, values = parts
-    if len(indices) and int(indices.max()) >= parameter.numel():
+    if indices.ndim != 1 or indices.shape != values.shape or indices.is_floating_point():
+        raise ValueError(f"{where} has indices {tuple(indices.shape)} and values {tuple(values.shape)}")
+    if len(indices) and not (int(indices.min()) >= 0 and int(indices.max()) < parameter.numel()):
         raise ValueError(f"{where} has elements that the model's, of shape {tuple(parameter.shape)}, has not")
     parameter.view(-1)[indices.long().to(parameter.device)] = values.to(parameter)

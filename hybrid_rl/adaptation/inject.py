@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hybrid_rl.adaptation.adapters import AdaLora, Adapter, Dora, LowRank, Reparametrised, Vera
-from hybrid_rl.adaptation.matryoshka import NestedLora, Nesting, paper_init
+from hybrid_rl.adaptation.matryoshka import NestedB, NestedLora, Nesting, paper_init
 from hybrid_rl.plan import PlannedModule
 
 ADAPTER = "default"
@@ -148,8 +148,9 @@ def _matryoshka(model: nn.Module, planned: Sequence[PlannedModule], sharers: Sha
         options = m.options
         nesting = Nesting(options["ranks"], options["scaling"], options["loss"])
         for layer in layers:
-            layer.hybrid_nesting = nesting
             layer.lora_variant[ADAPTER] = NestedLora
+        factors = layers[0].lora_B
+        factors[ADAPTER] = NestedB(factors[ADAPTER].weight, nesting)
         if options["init"] == "paper":
             paper_init(layers[0].lora_A[ADAPTER].weight)
         adapters[m.name] = LowRank(m.name, *_split(layers), trained=(ADAPTER,), nesting=nesting)

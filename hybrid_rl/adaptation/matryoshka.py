@@ -72,36 +72,38 @@ class TrainedRanks:
         return {None: 1.0}
 
 
+class NestedB(nn.Module):
+    """B [out, rank] with P multiplied into it as for the engines: in fp32, rounded to B's precision once.
+
+    A module, not a function of its weight, so that ZeRO-3 makes the weight whole for it.
+    """
+
+    def __init__(self, weight: nn.Parameter, nesting: Nesting) -> None:
+        super().__init__()
+        self.weight, self.nesting = weight, nesting
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = self.weight.float()
+        return nn.functional.linear(x, (b * self.nesting.p.to(b)).to(self.weight.dtype))
+
+
 class NestedLora(LoraVariant):
-    """PEFT's LoRA layer with P between the factors; the layer holds its `Nesting` as `hybrid_nesting`."""
+    """PEFT's LoRA layer whose B is a `NestedB`, which PEFT's own merge would take for a plain one."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, config: Any, **_: Any) -> None:
-        """Nothing to make: the layer's `Nesting` is set where the plan is applied."""
+        """Nothing to make: B is replaced where the plan is applied."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        inner = a(module.lora_dropout[active_adapter](x))
-        p = module.hybrid_nesting.p.to(inner)
-        return result + b(inner * p) * module.scaling[active_adapter]
+        return result + b(a(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + _difference(module, active_adapter).to(orig_weight)
+        raise NotImplementedError("PEFT cannot merge a Matryoshka adapter; use its `LowRank.weight`")
 
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += _difference(module, active_adapter).to(orig_weight)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - _difference(module, active_adapter).to(orig_weight)
-
-
-def _difference(module: Any, name: str) -> Tensor:
-    a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
-    return (b * module.hybrid_nesting.p.to(b)) @ a * module.scaling[name]
+    merge_unsafe = unmerge = merge_safe  # type: ignore[assignment]
 
 
 def paper_init(a: nn.Parameter) -> None:

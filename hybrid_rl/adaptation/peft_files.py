@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hybrid_rl import module_facts as facts
@@ -195,9 +195,7 @@ class _Layers:
         """Everything that a module holds, as the policy has it."""
         state = dict(self._modules[module].state_dict())
         if (adapter := self._adapters.get(module)) is not None:
-            state["weight"] = adapter.weight()
-            if (bias := adapter.bias()) is not None:
-                state["bias"] = bias
+            state |= adapter.whole()
         return state
 
     def check_alone(self, targets: Sequence[str], whole: Sequence[str]) -> None:
@@ -222,13 +220,13 @@ def peft_plan(directory: Path, anatomy: Anatomy, model: str, seed: int, only: Ad
     """The plan that trains what a PEFT directory holds: LoRA (rank-stabilised or not), DoRA, IA3, VeRA or RandLoRA
     where it has an adapter, `full` where it has a whole module.
 
-    `only`: the plan that it was exported from; of modules that it has whole, what is trained there is trained. Raises
+    `only`: the plan that it was exported from; of modules that it has whole, what that changed is trained. Raises
     `NotPeft` for what cannot be continued.
     """
     contents = _Contents(directory)
     names = {alias: w for w in anatomy.weights for alias in (w.name, *w.tied)}
     parameters = {_parameter(alias, w): w for alias, w in names.items()}
-    trained = None if only is None else {m.name for m in only.modules if m.treatment != "frozen"}
+    changed = None if only is None else {name for m in only.modules for name in _changed(m)}
     planned: dict[str, PlannedModule] = {}
     for module in contents.adapted:
         if module not in names or not names[module].linear:
@@ -244,7 +242,10 @@ def peft_plan(directory: Path, anatomy: Anatomy, model: str, seed: int, only: Ad
         w = parameters[parameter]
         if not contents.same([_parameter(alias, w) for alias in (w.name, *w.tied)]):
             raise NotPeft(f"it has {parameter}, but not {w.tied[0]}, which is the same weight, likewise")
-        if trained is None or w.name in trained:
+        shape = contents.shape(parameter)
+        if shape != w.shape:
+            raise NotPeft(f"it has {parameter} of shape {shape}, which is {w.shape} in this model")
+        if changed is None or w.name in changed:
             planned[w.name] = _entry(w, "full", extra=w.name not in candidates)
     ordered = [
         planned.get(w.name, _entry(w, "frozen")) for w in anatomy.weights if w.name in planned.keys() | candidates
@@ -252,6 +253,13 @@ def peft_plan(directory: Path, anatomy: Anatomy, model: str, seed: int, only: Ad
     ordered.sort(key=lambda m: (m.extra, m.treatment == "frozen"))
     method = {"peft_type": contents.kind}
     return AdaptationPlan(model, anatomy.topology, method, seed, tuple(ordered), architecture_of(anatomy))
+
+
+def _changed(m: PlannedModule) -> list[str]:
+    """Names of the weights that a policy has otherwise than the base model for this module."""
+    if m.treatment == "frozen":
+        return []
+    return [m.name, f"{m.name}.bias"] if m.options.get("scales") == "output" else [m.name]
 
 
 @torch.no_grad()
@@ -281,7 +289,10 @@ class _Contents:
         self.kind: str = self._config["peft_type"]
         if not (directory / PEFT_WEIGHTS).is_file():
             raise NotPeft(f"it has no {PEFT_WEIGHTS}; save it with safe_serialization=True")
-        self._file = safe_open(directory / PEFT_WEIGHTS, "pt").__enter__()
+        try:
+            self._file = safe_open(directory / PEFT_WEIGHTS, "pt").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise NotPeft(f"its {PEFT_WEIGHTS} cannot be read: {error}") from None
         self._keys: dict[str, str] = {}
         """Trained parameter -> its name in the file."""
         self.adapted: list[str] = []
@@ -306,21 +317,49 @@ class _Contents:
 
     def planned(self, weight: Weight) -> PlannedModule:
         """The adapter of a module."""
+        out, inner = weight.shape
         if self.kind == "IA3":
-            shape = self._tensor(f"{weight.name}.{_TRAINED['ia3_l']}").shape
-            return _entry(weight, "ia3", options={"scales": "input" if shape[0] == 1 else "output"})
+            fed = self.shape(f"{weight.name}.{_TRAINED['ia3_l']}") == (1, inner)
+            self._check(weight, ia3_l=(1, inner) if fed else (out, 1))
+            return _entry(weight, "ia3", options={"scales": "input" if fed else "output"})
         if self.kind in _PROJECTIONS:
-            alpha = self._config.get("randlora_alpha")
-            return _entry(weight, self.kind.lower(), rank=self._config["r"], alpha=alpha)
+            r, alpha = _positive("r", self._config.get("r")), None
+            if self.kind == "VERA":
+                self._check(weight, vera_lambda_b=(out,), vera_lambda_d=(r,))
+            else:
+                bases = math.ceil(min(weight.shape) / r)
+                self._check(weight, randlora_lambda=(r, bases), randlora_gamma=(bases, min(weight.shape)))
+                alpha = _positive("randlora_alpha", self._config.get("randlora_alpha"))
+            return _entry(weight, self.kind.lower(), rank=r, alpha=alpha)
         config, live = self._config, self._live(weight.name)
+        self._check(weight, **{"lora_A.weight": (len(live), inner), "lora_B.weight": (out, len(live))})
+        if config.get("use_dora"):
+            self._check(weight, lora_magnitude_vector=(out,))
         pattern = config.get("alpha_pattern") or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), weight.name), config["lora_alpha"])
+        alpha = pattern.get(get_pattern_key(list(pattern), weight.name), config.get("lora_alpha"))
+        alpha = _positive("lora_alpha", alpha)
         rank, root = int(live.sum()), math.sqrt if config.get("use_rslora") else float
         treatment = "dora" if config.get("use_dora") else "lora" if root is float else "rslora"
         ours = math.sqrt if treatment == "rslora" else float
         if (rank, ours) != (len(live), root):
             alpha = alpha / root(len(live)) * ours(rank)
         return _entry(weight, treatment, rank=rank, alpha=alpha)
+
+    def _check(self, weight: Weight, **shapes: tuple[int, ...]) -> None:
+        """Refuse other shapes of a module's tensors than these."""
+        for kind, wanted in shapes.items():
+            found = self.shape(f"{weight.name}.{_TRAINED[kind]}")
+            if found != wanted:
+                raise NotPeft(
+                    f"it has {kind} of {weight.name} of shape {found}, which would be {wanted} for that module's "
+                    f"{weight.shape} in this model"
+                )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor by our name."""
+        if name not in self._keys:
+            raise NotPeft(f"it has no {name}")
+        return tuple(self._file.get_slice(self._keys[name]).get_shape())
 
     def value(self, name: str) -> Tensor | None:
         """A trained parameter by our name, in fp32."""
@@ -370,6 +409,13 @@ def _entry(weight: Weight, treatment: str, **adapter: Any) -> PlannedModule:
     )
 
 
+def _positive(name: str, value: Any) -> Any:
+    """A number from `adapter_config.json`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise NotPeft(f"its {PEFT_CONFIG} has {name}={value!r}, which should be a positive number")
+    return value
+
+
 def _parameter(alias: str, weight: Weight) -> str:
     """Full name of a weight's parameter under one of its names."""
     return f"{alias}.weight" if weight.parameter == f"{weight.name}.weight" else alias
@@ -398,7 +444,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """`adapter_config.json`. Raises `NotPeft` for what is not trained here."""
     try:
         config = json.loads((directory / PEFT_CONFIG).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
+        kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NotPeft(f"its {PEFT_CONFIG} cannot be read: {type(error).__name__}: {error}") from None
     if kind not in _KINDS:

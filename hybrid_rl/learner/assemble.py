@@ -98,7 +98,7 @@ def _rewards(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def mini_batches(
-    sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float], step: int = 1
+    sequences: Sequence[TrainSequence], config: Config, lr_scale: Mapping[str, float], step: int
 ) -> TrainBatch:
     """Deal sequences to mini-batches of near-equal size, and weigh their tokens; ones without a gradient are left out,
     and mini-batches that stay empty."""

@@ -172,6 +172,16 @@ class TrainingEngine:
                 master.add_(scale * torch.randn(master.shape, generator=noise).to(master.device))
         self._masters_changed()
 
+    @torch.no_grad()
+    def set_masters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Give the fp32 masters of these trained parameters the values [whole] that the parameters were cast from."""
+        self._forget_whole()
+        for parameter, fragment in self._fragments().items():
+            if parameter in values:
+                share = values[parameter].flatten()[fragment.offset :][: fragment.length]
+                fragment.master.detach()[fragment.start : fragment.start + fragment.length] = share
+        self._masters_changed()
+
     def save(self, directory: str) -> None:
         """Write this rank's share of the optimizer's state and of the trained weights."""
         if self._allocation is not None and deepspeed.comm.get_rank() == 0:
@@ -279,7 +289,7 @@ class TrainingEngine:
         return {master: [master] for masters in self._masters() for master in masters}
 
     def _flat_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same put in a row, one at a time."""
+        """Each master with its gradient in one piece, one at a time."""
         for master, parts in self._gradient_pieces():
             flat = parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
             yield master, nn.functional.pad(flat, (0, master.numel() - flat.numel()))

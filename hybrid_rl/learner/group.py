@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_rl.adaptation import PARTS
+from hybrid_rl.adaptation import PARTS, Start
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import Score
 from hybrid_rl.types import Pending, TrainSequence, WeightUpdate, WorkerHandle, gather
@@ -36,8 +36,13 @@ class LearnerGroup:
     def finish_ranking(self) -> tuple[dict[str, float], set[str]]:
         return self._all("finish_ranking")[0]
 
-    def build(self, plan: AdaptationPlan) -> None:
-        self._all("build", plan.to_json())
+    def base_digest(self) -> str:
+        """Of the base model's parameters; before there is anything else to them."""
+        return gather([self.first.submit("base_digest")], self._timeout)[0]
+
+    def build(self, plan: AdaptationPlan, start: Start | None = None) -> None:
+        """Apply the plan, with the values of `start`, and start DeepSpeed."""
+        self._all("build", plan.to_json(), start)
 
     def begin_train(self, batch: Any) -> Pending:
         """Train on a `TrainBatch`, or on a reference to one: a call whose result is `StepStats`. Ranks work in step;

@@ -20,6 +20,7 @@ from hybrid_rl.learner.layout import Layout
 from hybrid_rl.learner.logprobs import Entropy
 from hybrid_rl.learner.measures import ALWAYS, Measures
 from hybrid_rl.learner.sequence_parallel import SequenceGroup
+from hybrid_rl.treatments import expert_names
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence
 
 _Passed = dict[tuple[int, int | None], list[Tensor]]
@@ -49,6 +50,8 @@ class PolicyUpdate:
     ) -> None:
         """`together`: the ranks that share this one's sequences; `peak_tflops`: of a device, if it is known."""
         self._engine, self._adapted, self._config, self._algo = engine, adapted, config, config.algo
+        self._weights = {m for m in adapted.experts if f"{m}.weight" in adapted.full}
+        """Modules with experts of which the first is their own weight."""
         self._nested = TrainedRanks(adapted.nestings, config.seed)
         self._loss = find_loss(config.algo.loss)
         self._layout: Layout = layout
@@ -82,10 +85,10 @@ class PolicyUpdate:
             for old_T, micro_batch in zip(old, shards[i], strict=True):
                 measures.see_rollout(old_T, micro_batch, rank)
         metrics = dict.fromkeys(ALWAYS, 0.0) | measures.metrics()
-        metrics |= _update_metrics(updates) | self._throughput(batch, sum(len(ranks) for _, ranks in planned))
+        metrics |= _update_metrics(updates, self._weights) | self._throughput(batch, shards, planned)
         if self._nested.loss == "sampled":
             metrics["matryoshka/rank"] = _mean([float(k) for _, ranks in planned for k in ranks if k is not None])
-        return StepStats(metrics, self._seconds, _stepped(updates))
+        return StepStats(metrics, self._seconds, _stepped(updates), sum(u.applied for u in updates))
 
     @torch.no_grad()
     def divergences(self, sequences: Sequence[TrainSequence]) -> list[float]:
@@ -197,14 +200,17 @@ class PolicyUpdate:
         indices = self._indices(sequences)
         return [collate([sequences[i] for i in some], self._layout, self._device) for some in indices]
 
-    def _throughput(self, batch: TrainBatch, passes: int) -> dict[str, float]:
-        """Of the training passes, each over one mini-batch, by this rank's clock; the FLOPs are those of all ranks."""
+    def _throughput(
+        self, batch: TrainBatch, shards: Sequence[Sequence[MicroBatch]], planned: Sequence[_Planned]
+    ) -> dict[str, float]:
+        """Of the training passes over mini-batches, by this rank's clock; the FLOPs are those of all ranks."""
         sequences = [s for m in batch.mini_batches for s in m]
         lengths = [s.length for s in sequences]
         predicted = sum(len(sampled(s)) for s in sequences)
-        times, seconds = passes / len(batch.mini_batches), self._seconds["train"]
-        ranks = self._config.learner.world_size
-        tflops = times * self._flops.training(lengths, predicted) / seconds / ranks / 1e12
+        times = sum(len(ranks) for _, ranks in planned) / len(shards)
+        seconds, world_size = self._seconds["train"], self._config.learner.world_size
+        passes = world_size * sum(map(len, shards))
+        tflops = times * self._flops.training(lengths, predicted, passes) / seconds / world_size / 1e12
         rates = {"throughput/train_tokens": times * sum(lengths) / seconds, "throughput/tflops": tflops}
         if self._peak is not None:
             rates["throughput/mfu"] = tflops / self._peak
@@ -217,8 +223,9 @@ class PolicyUpdate:
         self._seconds[part] += time.perf_counter() - started
 
 
-def _update_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Norms, as means over the updates that were applied: of the parts, and of the components in them."""
+def _update_metrics(updates: Sequence[Update], weights: Collection[str]) -> dict[str, float]:
+    """Norms, as means over the updates that were applied: of the parts, and of the components in them. `weights`: the
+    modules with experts whose first expert is their own weight."""
     applied = [u.applied for u in updates]
     metrics: dict[str, float] = {
         "policy/updates": len(updates),
@@ -232,9 +239,11 @@ def _update_metrics(updates: Sequence[Update]) -> dict[str, float]:
     for part in part_norms(updates[0].grad_norms):
         metrics[f"grad_norm/{part}"] = _mean([part_norms(u.grad_norms)[part] for u in kept])
         metrics[f"part/{part}/update_norm"] = _mean([part_norms(u.update_norms)[part] for u in kept])
-    chosen = [selection for u in kept for selection in u.selections.values()]
-    for expert in range(max(map(len, chosen), default=0)):
-        metrics[f"molf/share_{expert}"] = _mean([float(s[expert]) for s in chosen if expert < len(s)])
+    chosen: dict[str, list[float]] = {}
+    for module, selection in ((m, s) for u in kept for m, s in u.selections.items()):
+        for name, won in zip(expert_names(len(selection), weight=module in weights), selection, strict=True):
+            chosen.setdefault(name, []).append(float(won))
+    metrics |= {f"molf/{name}_share": _mean(of_updates) for name, of_updates in sorted(chosen.items())}
     if updates[-1].ranks:
         metrics["adalora/budget"] = updates[-1].budget
         metrics["adalora/mean_rank"] = _mean([float(rank) for rank in updates[-1].ranks.values()])

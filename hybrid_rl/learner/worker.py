@@ -22,11 +22,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hybrid_rl.adaptation import PARTS, WEIGHTS, apply_plan, parameter_groups, read_start, write_weights
+from hybrid_rl.adaptation import PARTS, WEIGHTS, Start, apply_plan, parameter_groups, read_start, write_weights
 from hybrid_rl.algo import AlgoConfig
 from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.digests import digest, digest_of_all
 from hybrid_rl.flops import count_flops, peak_tflops
 from hybrid_rl.learner.assemble import weigh
 from hybrid_rl.learner.batching import collate
@@ -40,7 +41,7 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import probe_plan, select_candidates
 from hybrid_rl.scoring import Score, ScoreContext
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence, WeightUpdate
-from hybrid_rl.weight_sync import Meeting, Transport, digest, open_publisher, open_store, served_tensors
+from hybrid_rl.weight_sync import Meeting, Transport, open_publisher, open_store, served_tensors
 
 
 class LearnerWorker:
@@ -173,22 +174,34 @@ class LearnerWorker:
         tokens = batch.tokens(logprobs_T, batch.rollout_logprobs_T)
         return policy_objective(tokens, AlgoConfig(), find_loss("clip")).loss
 
-    def build(self, plan_json: str) -> None:
-        """Apply the plan and start DeepSpeed.
+    def base_digest(self) -> str:
+        """Of the base model's parameters, as long as it is nothing else."""
+        return digest_of_all(self._model.named_parameters())
 
-        Raises `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the way.
+    def build(self, plan_json: str, start: Start | None = None) -> None:
+        """Apply the plan, with the values of `start` if there is one, and start DeepSpeed.
+
+        The fp32 masters are what the model or `start` has, whatever precision is computed in. Raises `ConfigError` if
+        `start` is not of the plan, and `RuntimeError` if DeepSpeed dropped a group or changed a trained weight on the
+        way.
         """
         torch.manual_seed(self._config.seed)  # LoRA's random A must be the same on every rank
         plan = AdaptationPlan.from_json(plan_json)
         self._adapted = apply_plan(self._model, plan)
-        if self._config.plan.start is not None:
-            read_start(self._adapted, Path(self._config.plan.start))
+        if start is not None:
+            try:
+                read_start(self._adapted, start)
+            except ValueError as error:
+                raise ConfigError(f"plan.start={self._config.plan.start!r}: {error}") from None
+        self._adapted.compute_in(self._dtype)
         self._publisher.restart()
         self._read_policy()
         groups = parameter_groups(self._adapted, plan)
-        before = self._digests()
+        before, exact = self._digests(), self._cast_away()
         self._model.train()
         self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
+        if False:
+            self._engine.set_masters(exact)
         changed = [name for name, value in self._digests().items() if value != before[name]]
         if changed:
             raise RuntimeError(f"DeepSpeed changed {changed[0]} while it initialised")
@@ -261,6 +274,12 @@ class LearnerWorker:
 
     def _gathered(self, *parameters: nn.Parameter) -> AbstractContextManager[Any]:
         return self._engine.gathered(*parameters) if self._built else nullcontext()
+
+    def _cast_away(self) -> dict[nn.Parameter, Tensor]:
+        """Trained parameters that lose something where DeepSpeed casts them to `model.dtype`, from which it would also
+        make their masters: copies in CPU memory."""
+        trained = self._adapted.trained.values()
+        return {p: p.detach().cpu().clone() for p in trained if not torch.equal(p, p.detach().to(self._dtype).to(p))}
 
     def _digests(self) -> dict[str, str]:
         """Of every trained parameter, in the precision that it is computed with."""

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hybrid_rl.digests import digest
 from hybrid_rl.weight_sync.base import BaseFiles
-from hybrid_rl.weight_sync.codec import Record, digest, integers, is_factor, lora_names, module_of, unpack
+from hybrid_rl.weight_sync.codec import Record, integers, is_factor, lora_names, module_of, unpack
 
 
 class NotServed(Exception):

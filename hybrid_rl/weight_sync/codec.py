@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
-import xxhash
 from torch import Tensor
 
 Parts = dict[str, Tensor]
@@ -61,13 +60,6 @@ def lora_factors(lora: Mapping[str, tuple[Tensor, Tensor, float]], rank: int) ->
         factors[name_a] = _pad(a.detach(), rank, dim=0)
         factors[name_b] = _pad(b.detach().float() * scaling, rank, dim=1)
     return factors
-
-
-def digest(tensor: Tensor) -> str:
-    """Digest (xxh3, 128 bits) of a tensor's shape, dtype and bytes. Detects mistakes, not malice."""
-    hasher = xxhash.xxh3_128(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    hasher.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return hasher.hexdigest()
 
 
 def integers(tensor: Tensor) -> Tensor:

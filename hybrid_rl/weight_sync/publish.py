@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.config import Config
+from hybrid_rl.digests import digest
 from hybrid_rl.types import Bucket, WeightUpdate
-from hybrid_rl.weight_sync.codec import Parts, digest, encode_tensor, pack, size
+from hybrid_rl.weight_sync.codec import Parts, encode_tensor, pack, size
 from hybrid_rl.weight_sync.transport import Transport, contents, digest_bytes
 
 _FLOAT32 = 4

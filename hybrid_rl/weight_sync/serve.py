@@ -23,17 +23,16 @@ def served_tensors(
     """Every tensor that engines are sent, by its name in updates. One module is whole at a time, within `gathered`,
     until the next is asked for. Without the part `lora`, adapters contribute nothing."""
     for name, parameter in adapted.full.items():
-        if name.removesuffix(".weight") not in adapted.merged:
+        if name.removesuffix(".weight") not in adapted.sent_whole:
             with gathered(parameter):
                 yield name, parameter
     for module, adapter in adapted.adapters.items():
-        if module in adapted.merged:
+        if module in adapted.sent_whole:
             base = dict(adapter.layer.get_base_layer().named_parameters())
             with gathered(*base.values(), *adapter.needed):
-                on = "lora" in parts
-                yield f"{module}.weight", adapter.weight() if on else base["weight"]
-                if (bias := adapter.bias()) is not None:
-                    yield f"{module}.bias", bias if on else base["bias"]
+                whole = adapter.whole() if "lora" in parts else base
+                for leaf in adapter.acts_on:
+                    yield f"{module}.{leaf}", whole[leaf]
         else:
             with gathered(*adapter.needed):
                 yield from _factors(module, adapter.factors(), adapted.sent_rank, "lora" in parts)
@@ -41,14 +40,5 @@ def served_tensors(
 
 def _factors(module: str, sum_of: Sequence[Factors], rank: int, on: bool) -> Iterator[tuple[str, Tensor]]:
     """The two factors that a sum of low-rank differences is the product of."""
-    if len(sum_of) == 1 and sum_of[0].p is None:
-        a, b, scaling = sum_of[0].a, sum_of[0].b, sum_of[0].scaling
-    else:
-        a = torch.cat([f.a.detach() for f in sum_of])
-        b, scaling = torch.cat([_scaled(f) for f in sum_of], dim=1), 1.0
-    yield from lora_factors({module: (a, b, scaling if on else 0.0)}, rank).items()
-
-
-def _scaled(f: Factors) -> Tensor:
-    b = f.b.detach().float() * f.scaling
-    return b if f.p is None else b * f.p.detach().to(b)
+    a, b = torch.cat([f.a.detach() for f in sum_of]), torch.cat([f.scaled_b for f in sum_of], dim=1)
+    yield from lora_factors({module: (a, b, float(on))}, rank).items()

@@ -83,7 +83,7 @@ def test_a_starts_as_the_paper_or_as_peft_has_it(model: nn.Module):
 @pytest.mark.parametrize("scaling", list(SCALINGS))
 @torch.no_grad()
 def test_every_rank_is_a_slice(model: nn.Module, scaling: Any, loss: Any):
-    """Of what engines are sent, of the whole weight, of PEFT's merge and of the forward pass, for every k up to R."""
+    """Of what engines are sent, of the whole weight and of the forward pass, for every k up to R."""
     adapted = apply_plan(model, planned(model, 6, ranks=[1, 2, 4, 6], scaling=scaling, loss=loss))
     torch.manual_seed(1)
     for parameter in adapted.trained.values():
@@ -103,11 +103,34 @@ def test_every_rank_is_a_slice(model: nn.Module, scaling: Any, loss: Any):
             torch.testing.assert_close(sent_b[:, :k] @ sent_a[:k], sliced)
             torch.testing.assert_close(adapter.weight() - adapter.base, sliced, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ sliced.T, atol=1e-5, rtol=1e-5)
-            merged = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, adapter.base)
-            torch.testing.assert_close(merged, adapter.base + sliced)
     whole = {"sum": (1, 2, 4, 6), "sampled": (6,)}[loss]
     trained = sum((SCALINGS[scaling](k) * b[:, :k] @ a[:k] for k in whole), torch.zeros(()))
     torch.testing.assert_close(adapter.weight() - adapter.base, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_peft_does_not_merge_without_p(model: nn.Module):
+    layer: Any = next(iter(apply_plan(model, planned(model, 4)).adapters.values())).layer
+    for safe in (False, True):
+        with pytest.raises(NotImplementedError, match="cannot merge a Matryoshka adapter"):
+            layer.merge(safe_merge=safe)
+    with pytest.raises(NotImplementedError, match="cannot merge"):
+        layer.lora_variant[ADAPTER].unmerge(layer, ADAPTER, layer.base_layer.weight)
+
+
+@torch.no_grad()
+def test_bf16_computes_with_the_factors_that_engines_get(model: nn.Module):
+    """P is multiplied into B in fp32 and rounded once, on both sides."""
+    adapted = apply_plan(model, planned(model, 7, scaling="sqrt"))
+    torch.manual_seed(1)
+    for parameter in adapted.trained.values():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.cast(torch.bfloat16)
+    sent = {name: tensor.to(torch.bfloat16) for name, tensor in served_tensors(adapted)}
+    for name, adapter in adapted.adapters.items():
+        layer = adapter.layer
+        x = torch.randn(5, layer.in_features, dtype=torch.bfloat16)
+        a, b = (sent[n] for n in lora_names(name))
+        assert torch.equal(layer(x), layer.base_layer(x) + x @ a.T @ b.T)
 
 
 def test_a_plan_has_one_loss_of_its_matryoshka_modules(model: nn.Module):

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import apply_plan, remove_adapters
+from hybrid_rl.adaptation.adapters import Reparametrised
 from hybrid_rl.components import read_model
 from hybrid_rl.config import PlanConfig
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
 from hybrid_rl.treatments import ADAPTERS, TREATMENTS, LoraConfig, MatryoshkaConfig, MolfConfig
-from hybrid_rl.weight_sync import lora_names, served_tensors
+from hybrid_rl.weight_sync import digest, lora_names, served_tensors
 from tests.families import build
 
 IDS = torch.arange(4, 24)[None]
@@ -88,6 +89,77 @@ def test_what_engines_are_sent_is_what_the_model_computes(treatment: str, model:
         assert all(torch.equal(after[name], value) for name, value in base.state_dict().items())
 
 
+@pytest.mark.parametrize("cast", ["deepspeed", "eval"])
+@pytest.mark.parametrize("treatment", ADAPTERS)
+def test_bf16_serves_the_same_before_and_after_a_forward_pass(treatment: str, cast: str, model: torch.nn.Module):
+    """A learner's model, of which DeepSpeed casts the parameters alone, and a stored policy's. What engines get is, but
+    for the rounding of the trained parameters, what an fp32 export is made of."""
+    adapted = apply_plan(model, planned(model, treatment))
+    move(adapted)
+    exact = {name: tensor.detach().clone() for name, tensor in served_tensors(adapted)}
+    if cast == "deepspeed":
+        adapted.compute_in(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    else:
+        adapted.cast(torch.bfloat16)
+    sent = {name: tensor.detach().to(torch.bfloat16, copy=True) for name, tensor in served_tensors(adapted)}
+    assert torch.isfinite(logits(model)).all()
+    after = {name: tensor.detach().to(torch.bfloat16) for name, tensor in served_tensors(adapted)}
+    assert {n: digest(t) for n, t in sent.items()} == {n: digest(t) for n, t in after.items()}
+    for name, parameter in adapted.trained.items():
+        assert parameter.dtype == torch.bfloat16, name
+    for name, tensor in sent.items():
+        torch.testing.assert_close(tensor.float(), exact[name].float(), atol=2e-2, rtol=2e-2)
+
+
+def test_random_matrices_stay_as_a_seed_made_them(model: torch.nn.Module):
+    """Were they rounded in one place and not in another, learner, evaluation and exports would serve other weights."""
+    other = copy.deepcopy(model)
+    for treatment in ("vera", "randlora"):
+        rounded, exact = (apply_plan(m, planned(m, treatment)) for m in (copy.deepcopy(model), copy.deepcopy(other)))
+        for adapted in (rounded, exact):
+            move(adapted)
+            with torch.no_grad():
+                for parameter in adapted.model.parameters():
+                    parameter.copy_(parameter.to(torch.bfloat16))
+        rounded.cast(torch.bfloat16)
+        wanted = dict(served_tensors(exact))
+        for name, tensor in served_tensors(rounded):
+            torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_served_tensors_are_computed_once(monkeypatch: pytest.MonkeyPatch):
+    """And not at all where adapters contribute nothing."""
+    network = build("qwen2")  # with biases
+    adapted = apply_plan(network, planned(network, "ia3"))
+    biased = [name for name, a in adapted.adapters.items() if "bias" in a.acts_on]
+    assert len(biased) == 6
+    calls: list[str] = []
+    whole = Reparametrised.whole
+    monkeypatch.setattr(Reparametrised, "whole", lambda self: (calls.append(self.module), whole(self))[1])
+    assert {f"{name}.bias" for name in biased} <= {name for name, _ in served_tensors(adapted)}
+    assert sorted(calls) == sorted(adapted.adapters)
+    calls.clear()
+    assert {f"{name}.bias" for name in biased} <= {name for name, _ in served_tensors(adapted, ("full",))}
+    assert not calls
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "granite_moe_hybrid", "recurrent_gemma", "qwen2"])
+def test_ia3_scales_what_an_mlp_returns_from_however_narrow_it_is(family: str):
+    """Shared experts are narrower than the hidden size: their second layer has more rows than columns."""
+    network = build(family, "meta")
+    options: dict[str, Any] = {"settings": PlanConfig(), "lora": LoraConfig(rank=4)}
+    plan = build_plan(read_model(network), {}, model="m", method={}, seed=0, ratio=0.0, rest="ia3", **options)
+    fed = {m.name.rpartition(".")[2] for m in plan.modules if m.options["scales"] == "input"}
+    given = {
+        m.name.rpartition(".")[2] for m in plan.modules if m.options["scales"] == "output" and m.component == "mlp"
+    }
+    assert (fed, given) == {
+        "granite_moe_hybrid": ({"output_linear"}, {"input_linear"}),
+    }.get(family, ({"down_proj"}, {"gate_proj", "up_proj"}))
+
+
 def test_every_expert_of_molf_is_in_the_forward_pass(model: torch.nn.Module):
     plan = planned(model, "molf_efficient", molf=MolfConfig(ranks=[2, 3, 5]))
     adapted = apply_plan(model, plan)
@@ -124,7 +196,7 @@ def test_matryoshka_is_the_sum_of_its_nested_adapters(scaling: Any, model: torch
     torch.testing.assert_close(layer(x) - layer.base_layer(x), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_mamba_out_proj_gets_an_adapter_that_is_used(model: torch.nn.Module):
+def test_mamba_out_proj_gets_an_adapter_that_is_used():
     """In training mode a fused kernel, where there is one, would multiply by the weight itself."""
     network = build("falcon_h1")
     adapted = apply_plan(network, planned(network, "lora"))

@@ -88,7 +88,7 @@ def test_means_count_sampled_tokens_and_limits_all_tokens():
     data = assemble([group], config)
     assert data.advantages[0] == pytest.approx([0.5, 0.0]), "eight tokens are two into the buffer of the last four"
     assert data.dropped_tokens == {"zero_advantage": 4}
-    [[taught]] = mini_batches(data.sequences, config, SCALE).mini_batches
+    [[taught]] = mini_batches(data.sequences, config, SCALE, 1).mini_batches
     assert (taught.given, taught.weight) == (((2, 5),), pytest.approx(1 / (5 + 4)))
     assert collate([taught], "padded").weights_T.sum().item() == pytest.approx(5 / 9)
     metrics = reward_metrics([group], data)
@@ -139,7 +139,7 @@ def test_groups_without_signal_count_in_the_mean_unless_dropped():
     kept = {}
     for how in ("count", "drop"):
         config = _config(algo={"zero_variance": how})
-        [batch] = mini_batches(assemble(GROUPS[:2], config).sequences, config, SCALE).mini_batches
+        [batch] = mini_batches(assemble(GROUPS[:2], config).sequences, config, SCALE, 1).mini_batches
         assert len(batch) == 2, "only what has a gradient is computed"
         kept[how] = batch[0].weight
     assert kept["count"] == pytest.approx(1 / (5 * 2)), "five completions have a reward"
@@ -148,7 +148,7 @@ def test_groups_without_signal_count_in_the_mean_unless_dropped():
 
 def test_what_has_a_gradient_without_an_advantage_is_computed():
     config = _config(algo={"kl_coef": 0.1})
-    [batch] = mini_batches(assemble([GROUPS[0]], config).sequences, config, SCALE).mini_batches
+    [batch] = mini_batches(assemble([GROUPS[0]], config).sequences, config, SCALE, 1).mini_batches
     assert [s.advantage for s in batch] == [0, 0, 0]
 
 
@@ -158,7 +158,7 @@ def test_cut_completions_are_left_out_but_count():
     data = assemble([group], config)
     assert data.advantages[0][1] == data.advantages[0][3] == 0
     assert data.dropped_tokens == {"overlong": 4}
-    [batch] = mini_batches(data.sequences, config, SCALE).mini_batches
+    [batch] = mini_batches(data.sequences, config, SCALE, 1).mini_batches
     assert [s.weight for s in batch] == pytest.approx([1 / (4 * 2)] * 2)
 
 
@@ -172,7 +172,7 @@ def test_overlong_and_divergence_penalties_shape_the_rewards():
 @given(st.integers(0, 20), st.integers(1, 5))
 def test_mini_batches_deal_every_sequence_once(count: int, parts: int):
     sequences = [TrainSequence((1,), (i,), (0.0,), 1.0) for i in range(count)]
-    batch = mini_batches(sequences, _config(batch={"mini_batches": parts, "prompts": 60}), SCALE)
+    batch = mini_batches(sequences, _config(batch={"mini_batches": parts, "prompts": 60}), SCALE, 1)
     assert sorted(s.completion_ids[0] for m in batch.mini_batches for s in m) == list(range(count))
     assert all(batch.mini_batches)
     assert all(sum(s.weight for s in m) == pytest.approx(1) for m in batch.mini_batches)

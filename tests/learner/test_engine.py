@@ -46,7 +46,7 @@ def _worker(rank: int, port: int, tree: dict, plan: str) -> Any:
 
 
 def _batch(tree: dict, seed: int = 0) -> TrainBatch:
-    return mini_batches(random_sequences(seed), parse_config(tree), FULL_SPEED)
+    return mini_batches(random_sequences(seed), parse_config(tree), FULL_SPEED, 1)
 
 
 def _trained(worker: Any) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ def _ranks(rank: int, port: int, tree: dict, plan: str, directory: str) -> None:
         return held
 
     def train(step: int) -> None:
-        worker.train(mini_batches(random_sequences(step), config, {"full": 1.0, "lora": 1.0}))
+        worker.train(mini_batches(random_sequences(step), config, {"full": 1.0, "lora": 1.0}, step))
 
     start = assert_exports(0)
     train(0)

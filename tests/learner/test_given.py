@@ -141,7 +141,7 @@ def _workers(rank: int, port: int, model: str, plan: str) -> None:
         worker = LearnerWorker(config, rank, Memory())
         worker.connect("127.0.0.1", port)
         worker.build(plan)
-        stats = worker.train(mini_batches(sequences, config, {"full": 1.0, "lora": 1.0}))
+        stats = worker.train(mini_batches(sequences, config, {"full": 1.0, "lora": 1.0}, 1))
         seen.append([stats.metrics[f"policy/{name}"] for name in ("loss", "entropy", "kl", "rollout_kl_p99")])
         assert stats.metrics["tokens/trained"] == count
         with torch.no_grad():

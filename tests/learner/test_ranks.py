@@ -65,7 +65,7 @@ def _rank(rank: int, port: int, tree: dict, plan: str):
     assert all(torch.equal(p, before[name]) for name, p in after.items()), "ranking moved a weight"
     worker.build(plan)
     config, scale = parse_config(tree), {"full": 1.0, "lora": 1.0}
-    stats = [worker.train(mini_batches(random_sequences(step), config, scale)) for step in range(STEPS)]
+    stats = [worker.train(mini_batches(random_sequences(step), config, scale, step + 1)) for step in range(STEPS)]
     update = worker.export(STEPS)
     return [s.metrics for s in stats], update and receive(transport, [update]), scores
 

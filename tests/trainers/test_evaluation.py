@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hybrid_rl.adaptation import apply_plan
 from hybrid_rl.adaptation.matryoshka import TrainedRanks
@@ -125,6 +126,28 @@ def test_ranks_are_evaluated_drawn_and_written(run: RunDirectory, capsys: pytest
     assert alone.ranks[2]["accuracy"] == alone.aurac["linear"] == alone.aurac["log2"] == accuracies[1]
 
 
+def test_how_the_settings_would_train_is_not_looked_at(run: RunDirectory):
+    """The policy has a plan of its own."""
+    config = load_config(run.config, ["adaptation=lora", "matryoshka={}", "lora.rank=1000", "eval.k=0"])
+    scores = evaluate_policy(config, checkpoint=run.path).scores
+    assert scores["accuracy"] == without_prefix(run.read_summary()["eval_after"])["accuracy"]
+    for given in ("plan.path=nowhere.json", "plan.start=nowhere"):
+        config = load_config(run.config, ["adaptation=hybrid", "matryoshka={}", given, "eval.k=0"])
+        assert evaluate_policy(config, checkpoint=run.path).scores == scores
+
+
+def test_an_edited_base_model_is_refused(run: RunDirectory, tmp_path: Path):
+    """Of the same shapes, so that nothing but its weights tells."""
+    config = load_config(run.config, [])
+    other = tmp_path / "other"
+    shutil.copytree(config.model.path, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({n: t * 1.01 for n, t in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    config = load_config(run.config, [f"model.path={other}"])
+    with pytest.raises(ConfigError, match="is not the base model that it was trained from"):
+        evaluate_policy(config, checkpoint=run.path)
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_an_export_scores_as_its_run_did(run: RunDirectory, tmp_path: Path, to: str):
     out = tmp_path / to
@@ -146,12 +169,12 @@ def test_an_export_scores_as_its_run_did(run: RunDirectory, tmp_path: Path, to: 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--checkpoint", "{empty}"], ["--checkpoint", "neither a checkpoint", "nor a run"]),
-        (["--checkpoint", "{run}", "--ranks", "1,8"], ["--ranks 1,8", "8 is above the largest rank", "at most 4"]),
+        (["--checkpoint", "{empty}"], ["--checkpoint", "neither a finished checkpoint", "nor a run"]),
+        (["--checkpoint", "{run}", "--ranks", "1,8"], ["--ranks 1,8", "ranks from 1 to 4"]),
         (["--checkpoint", "{run}", "--ranks", "1,x"], ["--ranks '1,x' is no list of ranks"]),
         (["--checkpoint", "{run}", "--ranks", "0,1"], ["--ranks '0,1' is no list of ranks"]),
         (["--checkpoint", "{lora}", "--ranks", "1"], ["has no matryoshka modules", "adaptation=matryoshka"]),
-        (["--ranks", "1"], ["--ranks 1", "give the --checkpoint"]),
+        (["--ranks", "1"], ["--ranks 1", "has no matryoshka modules"]),
         (["--checkpoint", "{run}", "--out", "{empty}/none"], ["--out", "is no directory"]),
         (["--checkpoint", "{run}", "model.path={other}"], ["--checkpoint", "made for another model"]),
         (["--export", "{empty}"], ["--export", "is no export"]),

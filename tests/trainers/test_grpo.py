@@ -167,6 +167,16 @@ def test_lora_alone_and_full_alone(learnable: dict, tmp_path: Path, adaptation: 
     assert all(row[f"grad_norm/{adaptation}"] > 0 and row[f"grad_norm/{other}"] == 0 for row in rows)
 
 
+def test_adalora_that_does_not_come_down_says_so(tiny_tree: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Steps without a reward that tells completions apart train nothing, and take no ranks away."""
+    plugin = tmp_path / "nothing.py"
+    plugin.write_text("def nothing(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    tree = inline(tiny_tree, tmp_path / "run", steps=3, adaptation="adalora", lora={"rank": 4})
+    train(parse_config({**tree, "rewards": [{"plugin": f"{plugin}:nothing"}]}), name="adalora")
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "trainers.record")
+    assert "ends with 84 ranks in its adalora modules, above the 56" in warning
+
+
 def test_a_hand_edited_plan_is_what_is_trained(learnable: dict, tmp_path: Path):
     first = train(parse_config(inline(learnable, tmp_path / "first", steps=1)), name="first")
     tree = json.loads(first.plan.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from hybrid_rl.adaptation import WEIGHTS
+from hybrid_rl.checkpoint import load_state
 from hybrid_rl.cli import main
 from hybrid_rl.config_file import load_config, parse_config
 from hybrid_rl.export import export_run, load_export
+from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.tracking import RunDirectory, read_metrics
 from hybrid_rl.weight_sync import digest, served_tensors
@@ -106,6 +110,66 @@ def test_training_goes_on_from_each_format(
     trained = load_file(run.checkpoints / "step_000001" / "weights.safetensors")
     assert trained.keys() == policy.trained.keys()
     assert not any(torch.equal(trained[name], p) for name, p in policy.trained.items())
+
+
+def test_what_trains_in_bf16_starts_at_the_exported_values(
+    first: RunDirectory, recipe: dict, tmp_path: Path, write_config: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    """In fp32, beside what is computed with; and a resumed run needs the export no more."""
+    out = export_run(first.path, "delta", tmp_path / "out").directory
+    build = LearnerGroup.build
+
+    def saved(learner: Any, plan: Any, start: Any = None) -> None:
+        build(learner, plan, start)
+        if start is not None:
+            learner.save(str(tmp_path / "at_start"))
+
+    monkeypatch.setattr(LearnerGroup, "build", saved)
+    model = {**recipe["model"], "dtype": "bfloat16"}
+    config = write_config(recipe | {"model": model, "checkpoint": {"every": 1, "keep_last": 2}})
+    run = imported(out, config, tmp_path / "second")
+    wanted = load_export(out, load_config(first.config).model).trained
+    found = load_file(tmp_path / "at_start" / WEIGHTS)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+    state = load_state(run.checkpoints / "step_000002")
+    exported = load_state(first.checkpoints / "step_000002")
+    assert state.base == exported.base != ""
+    assert state.started_from["plan"] == exported.plan_hash
+    assert (state.started_from["format"], state.started_from["step"]) == ("delta", 2)
+    trained = load_file(run.checkpoints / "step_000002" / WEIGHTS)
+    shutil.rmtree(run.checkpoints / "step_000002")
+    shutil.rmtree(out)
+    arguments = ["train", str(run.config), f"run.dir={run.path}", "--resume"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert main(arguments) == 0
+    resumed = load_file(run.checkpoints / "step_000002" / WEIGHTS)
+    assert all(torch.equal(resumed[name], value) for name, value in trained.items())
+    assert load_state(run.checkpoints / "step_000002").started_from == state.started_from
+
+    tensors = load_file(Path(model["path"]) / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    other = tmp_path / "other"
+    shutil.copytree(model["path"], other)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(run.checkpoints / "step_000002")
+    settings = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump(settings | {"model": {**settings["model"], "path": str(other)}}))
+    assert main(arguments) == 2
+
+
+def test_components_of_the_settings_are_kept_where_an_export_has_none(
+    first: RunDirectory, recipe: dict, tmp_path: Path, write_config: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    out = export_run(first.path, "delta", tmp_path / "out").directory
+    seen: list[Any] = []
+    monkeypatch.setattr("trainers.grpo.train", lambda config, name: seen.append(config))
+    components = {"*q_proj": "attention"}
+    config = write_config(recipe | {"plan": {"components": components, "budget": {"ratio": 0.5}}})
+    assert main(["import", str(out), "--config", str(config)]) == 0
+    assert seen[0].plan.components == components
+    assert seen[0].plan.start == str(out)
 
 
 @pytest.mark.parametrize(

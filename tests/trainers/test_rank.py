@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl import register_score
@@ -21,9 +23,9 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
 from hybrid_rl.scoring import per_module
 from tests.families import FAMILIES
-from trainers import setup
+from trainers import rank, setup
 from trainers.grpo import train
-from trainers.rank import rank_modules
+from trainers.rank import rank_dry_run, rank_modules
 from trainers.warm_start import build_tokenizer
 
 PLUGIN = '''
@@ -91,7 +93,7 @@ def test_the_same_settings_give_the_same_bytes_and_a_comparison_says_so(
     assert main(["rank", config, "--out", str(one)]) == 0
     assert main(["rank", config, "--out", str(two), "--compare", str(one)]) == 0
     assert one.read_bytes() == two.read_bytes()
-    assert "(100% of those full in either)" in capfd.readouterr().out
+    assert "(100% of those trained in either)" in capfd.readouterr().out
     assert main(["rank", config, "plan.score=last_layers", "--out", str(other), "--compare", str(one)]) == 0
     assert "modules treated otherwise" in capfd.readouterr().out
     assert main(["rank", config, "--out", str(two), "--compare", str(tmp_path / "none.json")]) == 2
@@ -147,6 +149,46 @@ def test_a_dry_run_needs_only_the_shape(tree: dict, tmp_path: Path, write_config
     assert float(shown.partition("% of the model's bytes")[0].rpartition("(")[2]) <= 2.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "column"),
+    [
+        ({"adaptation": "molf"}, "adaptation=molf"),
+        ({"plan": {"rest": "dora"}}, "plan.rest=dora"),
+        ({"adaptation": "lora"}, None),
+        ({"plan": {"rest": "lora"}}, None),
+    ],
+)
+def test_a_dry_run_shows_the_plan_that_is_configured(
+    changes: dict, column: str | None, tree: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """With what a weight update of it carries, and what a KL term keeps."""
+    drafted: list[dict[str, AdaptationPlan]] = []
+    draft = rank.draft_tables
+    monkeypatch.setattr(rank, "draft_tables", lambda *a: (drafted.append(a[3]), draft(*a))[1])
+    console = Console(width=250, record=True, quiet=False, file=io.StringIO())
+    rank_dry_run(parse_config({**tree, **changes, "lora": {"rank": 4}, "algo": {"kl_coef": 0.1}}), console)
+    assert list(drafted[0])[3:] == ([column] if column else [])
+    text = console.export_text()
+    rows = {
+        name: line
+        for line in text.splitlines()
+        for name in ("base policy for the KL", "complete weight")
+        if name in line
+    }
+    lora = drafted[0]["LoRA"]
+    assert lora.sent_params == sum(4 * sum(m.shape) for m in lora.candidates)
+    assert lora.weight_params == 0
+    if column is None:
+        return
+    assert column in text
+    plan = drafted[0][column]
+    whole = sum(m.params for m in plan.modules)
+    kept = whole if column == "adaptation=molf" else plan.totals["full_params"]
+    assert (plan.sent_params, plan.weight_params) == (whole, kept)
+    assert f"{4 * kept / 2**20:.2f} MiB" in rows["base policy for the KL"]
+    assert f"{4 * whole / 2**20:.2f} MiB" in rows["complete weight"]
+
+
 def test_a_hand_edited_plan_trains_exactly_what_it_lists(tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "edited.json"
     plan = rank_modules(parse_config({**tree, "plan": {"score": "random"}}))
@@ -161,7 +203,7 @@ def test_a_hand_edited_plan_trains_exactly_what_it_lists(tree: dict, tmp_path: P
 
     built: list[LearnerWorker] = []
     build = LearnerWorker.build
-    monkeypatch.setattr(LearnerWorker, "build", lambda self, text: (built.append(self), build(self, text))[1])
+    monkeypatch.setattr(LearnerWorker, "build", lambda self, *args: (built.append(self), build(self, *args))[1])
     run = train(parse_config({**tree, "plan": {"path": str(path)}}), name="edited")
     (worker,) = built
     trained = {name: p for name, p in worker._model.named_parameters() if p.requires_grad}
