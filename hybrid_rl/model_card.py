@@ -35,7 +35,8 @@ def model_card(config: Config, plan: AdaptationPlan, manifest: Mapping[str, Any]
         "tags": ["hybrid-rl", "reinforcement-learning", config.algorithm],
     }
     what = {
-        "peft": "a PEFT adapter of the base model, with the fully fine-tuned modules in it",
+        "peft": "a PEFT adapter of the base model"
+        + (", with the fully fine-tuned modules in it" if any(m.trains_weight for m in plan.modules) else ""),
         "merged": "a whole model, with everything that was trained merged in",
         "delta": "what differs from the base model, exactly as it was trained",
     }[kind]
@@ -47,7 +48,9 @@ def model_card(config: Config, plan: AdaptationPlan, manifest: Mapping[str, Any]
         f"plan (`plan.json`, {plan.hash}), and exported after step {step} of {config.steps}."
         + _origin(manifest.get("started_from", {})),
         "## How to load it\n\n" + _commands(manifest["commands"]),
-        "## Metrics\n\n" + _table(("metric", "value"), _metrics(manifest)),
+        "## Metrics\n\n"
+        + ("Of the policy as it was trained, not of this rank.\n\n" if manifest["rank"] else "")
+        + _table(("metric", "value"), _metrics(manifest)),
         f"## Plan\n\n{escape(plan.topology)}; {plan.totals['trainable_params']:,} trained parameters.\n\n"
         + _plan(plan),
         "## Settings\n\n" + _table(("setting", "value"), _settings(config, plan)),

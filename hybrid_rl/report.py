@@ -290,7 +290,10 @@ def evaluation_table(
         cells = [f"{found[name]:.0f}" if name == "unscored" else f"{found[name]:.3f}" for name in names]
         table.add_row(label, f"{found['accuracy']:.3f}", *cells)
     if areas:
-        table.caption = f"AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings"
+        table.caption = (
+            f"AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings. A rank is its adapter alone; "
+            "matryoshka.loss=sum trains their sum, and none of them alone"
+        )
     return table
 
 

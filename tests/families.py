@@ -319,16 +319,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 """Family -> a fresh tiny configuration."""
 
 
-def build(family: str, device: str = "cpu") -> PreTrainedModel:
-    """A tiny model of the family in float32, the same one at each call; on `meta` it has shapes only. Biases are not 0,
-    as those of new models are."""
+def build(family: str, device: str = "cpu", *, biases: float = 0.0) -> PreTrainedModel:
+    """A tiny model of the family in float32, the same one at each call; on `meta` it has shapes only. `biases`: their
+    deviation, which is 0 in new models."""
     torch.manual_seed(0)
     config = FAMILIES[family]()
     auto = AutoModelForImageTextToText if family.endswith("_vl") else AutoModelForCausalLM
     with torch.device(device):
         model = auto.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters() if biases else ():
             if name.endswith(".bias"):
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(biases * torch.randn_like(parameter))
     return model

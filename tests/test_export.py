@@ -185,7 +185,7 @@ def test_a_plan_of_every_treatment_at_once(untied: Path, tiny_tree: dict, tmp_pa
 def test_a_bias_that_ia3_scales_is_kept_beside_lora(tiny_tree: dict, tiny_model: Path, tmp_path: Path):
     """PEFT's one type is LoRA then, and a module with IA3 is whole there, bias and all."""
     model = tmp_path / "qwen2"
-    build("qwen2").save_pretrained(model)
+    build("qwen2", biases=0.1).save_pretrained(model)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(model)
     lora, ia3 = (plan_of(model, name, ranks=False) for name in ("lora", "ia3"))
     scaled = {m.name: m for m in ia3.modules if m.name.endswith(("q_proj", "k_proj"))}
@@ -463,7 +463,7 @@ def test_every_architecture_that_can_be_planned(family: str, tiny_model: Path, t
 def run_of_family(family: str, tokenizer: Path, tree: dict, directory: Path, **options: Any) -> Run:
     """LoRA beside full matrices."""
     path = directory / family
-    build(family).save_pretrained(path)
+    build(family, biases=0.1).save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
     plan = plan_of(path, **{"treatment": "lora", "ratio": 0.3, "ranks": False, **options})
     return write_run(directory / "run", path, plan, tree)

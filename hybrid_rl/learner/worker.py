@@ -200,7 +200,7 @@ class LearnerWorker:
         before, exact = self._digests(), self._cast_away()
         self._model.train()
         self._engine = TrainingEngine(self._policy, self._adapted, groups, self._config)
-        if False:
+        if exact:
             self._engine.set_masters(exact)
         changed = [name for name, value in self._digests().items() if value != before[name]]
         if changed:
