@@ -88,11 +88,13 @@ def write_run(path: Path, model: Path, plan: AdaptationPlan, tree: dict, step: i
     return Run(path, model, plan, adapted)
 
 
-def plan_of(model: Path, treatment: str, ratio: float = 0.0, *, ranks: bool = True, **settings: Any) -> AdaptationPlan:
+def plan_of(
+    model: Path, treatment: str, ratio: float = 0.0, *, ranks: bool = True, rank: int = 4, **settings: Any
+) -> AdaptationPlan:
     """`treatment` on every candidate but the best `ratio`, which are full."""
     anatomy = read_model(load(model))
     scores = {w.name: float(i) for i, w in enumerate(anatomy.candidates)}
-    lora = LoraSettings(rank=4, ranks={"*o_proj": 2} if ranks else {})
+    lora = LoraSettings(rank=rank, ranks={"*o_proj": 2} if ranks else {})
     origin: dict[str, Any] = {"model": str(model), "method": {}, "seed": 0}
     return build_plan(
         anatomy, scores, settings=PlanConfig(**settings), lora=lora, rest=treatment, ratio=ratio, **origin
@@ -106,6 +108,7 @@ PLANS = {
     "hybrid_dora": {"treatment": "dora", "ratio": 0.2},
     **{name: {"treatment": name, "ranks": False} for name in ("vera", "randlora")},
     "vera_of_two_ranks": {"treatment": "vera"},
+    "more_ranks_than_rows": {"treatment": "molf_efficient", "rank": 20},
 }
 NATIVE = {
     **{"dora": ("LORA", True), "hybrid_dora": ("LORA", True)},

@@ -144,7 +144,12 @@ def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
             p = f.p.detach().to(b)
             a, b = a[p != 0], (b * p)[:, p != 0]
         parts.append((a, b))
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+    a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+    out, inner = len(b), a.shape[1]
+    if len(a) <= min(out, inner):
+        return a, b
+    # Several pairs may have more ranks together than the matrix has: their product is one of its own smaller side.
+    return (b @ a, torch.eye(out)) if out <= inner else (torch.eye(inner), b @ a)
 
 
 def _copy(tensor: Tensor) -> Tensor:
