@@ -139,11 +139,8 @@ def _factors(adapter: Adapter) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] of all that the adapter adds, scalings folded into B, fp32."""
     parts = []
     for f in adapter.factors():
-        a, b = f.a.detach().float(), f.b.detach().float() * f.scaling
-        if f.p is not None:
-            p = f.p.detach().to(b)
-            a, b = a[p != 0], (b * p)[:, p != 0]
-        parts.append((a, b))
+        there = slice(None) if f.p is None else f.p != 0  # ranks that were taken away, or left out
+        parts.append((f.a.detach().float()[there], f.scaled_b[:, there]))
     a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
     out, inner = len(b), a.shape[1]
     if len(a) <= min(out, inner):

@@ -20,6 +20,22 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
 from hybrid_rl.types import TrainSequence
 
+ENGINE_VARIANTS: dict[str, dict[str, Any]] = {
+    f"ZeRO-{stage}, {dtype}, {offload}": {"zero_stage": stage, "dtype": dtype, "offload": offload}
+    for stage, dtype, offload in (
+        (1, "float32", "none"),
+        (2, "float32", "none"),
+        (3, "float32", "none"),
+        (1, "bfloat16", "none"),
+        (2, "bfloat16", "none"),
+        (3, "bfloat16", "none"),
+        (1, "float32", "optimizer"),
+        (2, "bfloat16", "optimizer"),
+        (3, "float32", "all"),
+    )
+}
+"""Ways that DeepSpeed keeps and steps its fp32 weights, each by another optimizer of its own."""
+
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(rank, port, *arguments)` on every rank; returns what it gave on rank 0."""

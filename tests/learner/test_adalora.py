@@ -19,7 +19,7 @@ from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
-from tests.learner.processes import on_ranks
+from tests.learner.processes import ENGINE_VARIANTS, on_ranks
 
 WORLD = 2
 STEPS, BAD = 12, 6
@@ -30,20 +30,6 @@ SAVED_AT = (5, 10)
 """Before and after the last allocation."""
 RANK, TARGET, EVERY, ORTHOGONAL = 4, 2, 2, 0.5
 FULL_SPEED = {"full": 1.0, "lora": 1.0}
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"ZeRO-{stage}, {dtype}, {offload}": {"zero_stage": stage, "dtype": dtype, "offload": offload}
-    for stage, dtype, offload in (
-        (1, "float32", "none"),
-        (2, "float32", "none"),
-        (3, "float32", "none"),
-        (1, "bfloat16", "none"),
-        (2, "bfloat16", "none"),
-        (3, "bfloat16", "none"),
-        (1, "float32", "optimizer"),
-        (2, "bfloat16", "optimizer"),
-        (3, "float32", "all"),
-    )
-}
 
 
 class _Toy(nn.Module):
@@ -116,9 +102,9 @@ def _on_rank(rank: int, port: int, directory: str) -> dict[str, Any]:
     from hybrid_rl.learner.engine import TrainingEngine
     from hybrid_rl.learner.worker import LearnerWorker
 
-    LearnerWorker(_config(VARIANTS["ZeRO-1, float32, none"]), rank, Memory())._join("127.0.0.1", port)
+    LearnerWorker(_config(ENGINE_VARIANTS["ZeRO-1, float32, none"]), rank, Memory())._join("127.0.0.1", port)
     results = {}
-    for name, learner in VARIANTS.items():
+    for name, learner in ENGINE_VARIANTS.items():
         toy, adapted, groups = _toy()
         engine = TrainingEngine(toy, adapted, groups, _config(learner))
 
@@ -231,11 +217,11 @@ def _alone(dtype: str) -> list[tuple[dict[str, int], dict[str, Tensor]]]:
     return steps
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ENGINE_VARIANTS)
 def test_any_zero_stage_allocates_as_peft_does(results: dict[str, Any], checkpoints: Path, name: str):
     updates, after, again = results[name]
     for i, (update, found, (ranks, wanted)) in enumerate(
-        zip(updates, after, _alone(VARIANTS[name]["dtype"]), strict=True)
+        zip(updates, after, _alone(ENGINE_VARIANTS[name]["dtype"]), strict=True)
     ):
         assert update.applied
         assert update.ranks == ranks, i

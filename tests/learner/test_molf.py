@@ -15,26 +15,12 @@ from hybrid_rl.adaptation.molf import MolfAdamW
 from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
-from tests.learner.processes import on_ranks
+from tests.learner.processes import ENGINE_VARIANTS, on_ranks
 
 WORLD = 2
 STEPS, SAVED_AT, BAD = 6, 4, 2
 """`BAD`: before this step comes one whose gradient is not finite."""
 FULL_SPEED = {"full": 1.0, "lora": 1.0}
-VARIANTS: dict[str, dict[str, Any]] = {
-    f"ZeRO-{stage}, {dtype}, {offload}": {"zero_stage": stage, "dtype": dtype, "offload": offload}
-    for stage, dtype, offload in (
-        (1, "float32", "none"),
-        (2, "float32", "none"),
-        (3, "float32", "none"),
-        (1, "bfloat16", "none"),
-        (2, "bfloat16", "none"),
-        (3, "bfloat16", "none"),
-        (1, "float32", "optimizer"),
-        (2, "bfloat16", "optimizer"),
-        (3, "float32", "all"),
-    )
-}
 
 
 class _Pairs(nn.Module):
@@ -121,9 +107,9 @@ def _on_rank(rank: int, port: int, directory: str) -> dict[str, Any]:
     from hybrid_rl.learner.engine import TrainingEngine
     from hybrid_rl.learner.worker import LearnerWorker
 
-    LearnerWorker(_config(VARIANTS["ZeRO-1, float32, none"]), rank, Memory())._join("127.0.0.1", port)
+    LearnerWorker(_config(ENGINE_VARIANTS["ZeRO-1, float32, none"]), rank, Memory())._join("127.0.0.1", port)
     results = {}
-    for name, learner in VARIANTS.items():
+    for name, learner in ENGINE_VARIANTS.items():
         toy, adapted, groups = _toy()
         parameters = dict(toy.named_parameters())
         engine = TrainingEngine(toy, adapted, groups, _config(learner))
@@ -206,10 +192,10 @@ def _alone(dtype: str) -> tuple[list[tuple[Any, dict[str, float]]], dict[str, Te
     return steps, {n: master[p].detach() for n, p in toy.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ENGINE_VARIANTS)
 def test_any_zero_stage_equals_one_process(results: dict[str, Any], name: str):
     updates, final, again, final_again = results[name]
-    steps, expected = _alone(VARIANTS[name]["dtype"])
+    steps, expected = _alone(ENGINE_VARIANTS[name]["dtype"])
     for i, (update, (routing, norms)) in enumerate(zip(updates, steps, strict=True)):
         assert update.applied
         assert update.selections == routing.selections, i
