@@ -16,6 +16,9 @@ class AlgoConfig(Settings):
     advantage: str = "group_normalised"
     """Rewards to advantages: `group_normalised`, `group_centred`, `batch_normalised`, `rloo`, `reinforce_pp_baseline`,
     `raw`, or your own as `module:function`."""
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Of several rewards (TRL's names): the advantage is of their weighted sum; or each is normalised within its group,
+    then they are summed by weight and normalised over the batch (GDPO, arXiv 2601.05242)."""
     loss: str = "clip"
     """Loss of a token: `clip` (PPO, GRPO), `gspo` (one ratio a sequence), `gspo_token`, `cispo`, `sapo`, or your own as
     `module:function`."""

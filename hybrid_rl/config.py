@@ -7,6 +7,7 @@ model, the data or the cluster are made by the rooms that own them, and raise th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -47,8 +48,8 @@ class DataConfig(Settings):
     train: str
     """Training problems: a local `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub data set
     `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator."""
-    eval: str
-    """Held-out problems, named as `data.train` is."""
+    eval: str | Annotated[dict[str, str], Field(min_length=1)]
+    """Held-out problems, named as `data.train` is; several sets as `{name: problems, ...}`."""
     columns: dict[str, str] = {}
     """Our name -> the data set's column, e.g. `{prompt: question}`. `prompt` must exist; rewards see all columns."""
     template: str = "{prompt}"
@@ -60,7 +61,12 @@ class DataConfig(Settings):
     max_prompt_length: PositiveInt = 1024
     """Prompts of more tokens are left out, and counted."""
     eval_size: PositiveInt | None = None
-    """Use the first so many held-out problems; all of them by default."""
+    """Use the first so many held-out problems of each set; all of them by default."""
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Held-out problems by the name of their set, '' where there is one without a name."""
+        return {"": self.eval} if isinstance(self.eval, str) else self.eval
 
 
 class BatchConfig(Settings):
@@ -283,17 +289,58 @@ class AsyncConfig(Settings):
 
 class RewardSpec(Settings):
     plugin: str
-    """`module:function` or `path/to/file.py:function`."""
-    weight: float = 1.0
-    """Factor of this reward in the sum."""
+    """`module:function`, `path/to/file.py:function`, or a name that an installed package offers under
+    `hybrid_rl.rewards`. See docs/rewards.md."""
+    name: str = ""
+    """What metrics and files call it; `plugin` by default."""
+    weight: float | dict[Annotated[int, Field(ge=0)], float] = 1.0
+    """Factor of this reward in the sum; or by step, as in `{0: 1.0, 100: 0.0}`, in a straight line between the steps
+    named."""
+    arguments: dict[str, Any] = {}
+    """Further arguments of the function, or of the class's constructor."""
+    gate: float | None = None
+    """Least score that a completion needs for the rewards listed after this one to be asked about it."""
+    when: dict[str, Any] = {}
+    """Column -> the value, or list of values, of the problems that this reward is for; all by default."""
+    on_failure: Literal["drop", "zero", "stop"] = "drop"
+    """What a failed call means: the completion is not trained on; its score is 0; the run stops. Counted either way."""
+
+    @model_validator(mode="after")
+    def _named(self) -> RewardSpec:
+        self.name = self.name or self.plugin
+        if isinstance(self.weight, dict) and not self.weight:
+            raise ValueError(f"weight of {self.name} by step names no step; give one, as in {{0: 1.0}}")
+        return self
+
+    def weight_at(self, step: int) -> float:
+        """Its factor at a step, the nearest named one's before the first and after the last of them."""
+        if not isinstance(self.weight, dict):
+            return self.weight
+        named = sorted(self.weight)
+        before, after = (
+            max((s for s in named if s <= step), default=named[0]),
+            min((s for s in named if s >= step), default=named[-1]),
+        )
+        low, high = self.weight[before], self.weight[after]
+        return low if before == after else low + (high - low) * (step - before) / (after - before)
+
+    def asks_about(self, columns: Mapping[str, Any]) -> bool:
+        """Whether this reward is for a problem with these columns."""
+        return all(columns.get(name) in _listed(wanted) for name, wanted in self.when.items())
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class RewardConfig(Settings):
     timeout: Positive = 30.0
-    """Seconds that one completion's score may take; for a whole group at first, then completion by completion. Also of
-    one answer of `rollout.environment`."""
+    """Seconds that one completion's score may take, or a whole group's where a reward takes it at once. Also of one
+    answer of `rollout.environment`."""
     workers: PositiveInt = 2
-    """Reward processes; as many again for `rollout.environment`."""
+    """Reward processes on each node; as many again on the driver's for `rollout.environment`."""
+    memory_mib: Annotated[int, Field(ge=256)] = 4096
+    """Memory that one of them may take, with all that it starts."""
 
 
 class ClusterConfig(Settings):
@@ -316,8 +363,12 @@ class CheckpointConfig(Settings):
 class EvalConfig(Settings):
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations. 0: only before and after."""
+    reward: str | None = None
+    """Name of the reward that measures accuracy; the first by default."""
+    right_from: float = 1.0
+    """Least score of a completion that pass@k and maj@k take for right."""
     k: Annotated[int, Field(ge=0)] = 4
-    """Samples a problem for mean@k, at `sampling.temperature`. 0: greedy only."""
+    """Samples a problem for mean@k, pass@k and maj@k, at `sampling.temperature`. 0: greedy only."""
 
 
 class TrackingConfig(Settings):
@@ -377,7 +428,7 @@ class Config(Settings):
     rollout: RolloutConfig = RolloutConfig()
     sync: SyncConfig = SyncConfig()
     rewards: Annotated[list[RewardSpec], Field(min_length=1)] = [RewardSpec(plugin="rewards.math:accuracy")]
-    """Rewards, summed by weight. The first one also measures held-out accuracy."""
+    """Rewards, summed by weight. The first one also measures held-out accuracy, unless `eval.reward` says another."""
     reward: RewardConfig = RewardConfig()
     cluster: ClusterConfig = ClusterConfig()
     asynchrony: AsyncConfig = Field(AsyncConfig(), alias="async")
@@ -465,6 +516,7 @@ class Config(Settings):
                 f"cluster.backend=inline uses no cluster, but cluster.address={self.cluster.address!r} is given; "
                 "drop one of them"
             )
+        self._check_rewards()
         self._check_plan()
         self._check_algo()
         self._check_rollout()
@@ -537,6 +589,30 @@ class Config(Settings):
                 f"molf.lr_factors={self.molf.lr_factors} is for {len(self.molf.lr_factors)} experts a module, of which "
                 f"there are {' and '.join(map(str, sorted(numbers)))}; give one factor each, or none"
             )
+
+    def _check_rewards(self) -> None:
+        names = [spec.name for spec in self.rewards]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"rewards: two are called {twice!r}; give each a name of its own, as in name: {twice}_2")
+        if self.eval.reward is not None and self.eval.reward not in names:
+            raise ValueError(f"eval.reward={self.eval.reward!r} is none of the rewards {names}")
+        if self.algo.reward_aggregation == "normalize_then_sum":
+            if self.algo.advantage != AlgoConfig().advantage:
+                raise ValueError(
+                    f"algo.advantage={self.algo.advantage} does nothing with algo.reward_aggregation="
+                    "normalize_then_sum, which normalises by itself; drop one of them"
+                )
+            if len(self.rewards) == 1:
+                raise ValueError(
+                    "algo.reward_aggregation=normalize_then_sum is for several rewards, and there is one; drop it"
+                )
+
+    @property
+    def accuracy(self) -> RewardSpec:
+        """The reward that held-out accuracy is measured by."""
+        name = self.eval.reward or self.rewards[0].name
+        return next(spec for spec in self.rewards if spec.name == name)
 
     def _check_algo(self) -> None:
         """Refuse settings that do nothing."""

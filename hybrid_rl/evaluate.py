@@ -1,34 +1,94 @@
-"""Held-out evaluation: greedy accuracy, the mean over k samples, and the area under accuracies by rank."""
+"""Held-out evaluation: greedy accuracy, what k samples a problem say, how answers ended, and areas under accuracies by
+rank. Shares are over problems; a completion without a score counts as 0, and as unscored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+from scipy import stats
+
+from hybrid_rl.answers import Answers
 from hybrid_rl.config import Config
-from hybrid_rl.reward import RewardPool
-from hybrid_rl.rollout import Episodes, sampling_from
+from hybrid_rl.rollout import sampling_from
 from hybrid_rl.types import Prompt, Sampling, ScoredGroup
 
+EXTRACTED = "extracted"
+"""What rewards call the answer they read in a completion (`log_extra`); maj@k counts equal ones together."""
+_LEVEL = 0.95
+_RESAMPLES = 2000
 
-def evaluate(episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt], config: Config) -> dict[str, float]:
-    """`eval/accuracy`: mean of the first reward over one greedy completion a problem. `eval/mean_at_k`: the same over
-    `eval.k` samples. `eval/truncated`: share of greedy completions cut at a limit. A
-    completion without a score counts as 0 here, and in `eval/unscored`."""
-    greedy = _answer(episodes, rewards, prompts, sampling_from(config, n=1, temperature=0.0))
-    scores = _first_rewards(greedy, config)
-    metrics = {
-        "eval/accuracy": _mean([s or 0.0 for s in scores]),
-        "eval/truncated": _mean([float(c.truncated) for g in greedy for c in g.completions]),
-        "eval/unscored": float(sum(s is None for s in scores)),
-    }
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured, and the answers it was measured on."""
+
+    metrics: dict[str, float]
+    """By the names of docs/metrics.md, all under `eval/`."""
+    greedy: list[ScoredGroup]
+    sampled: list[ScoredGroup]
+    """Empty where `eval.k` is 0."""
+
+
+def evaluate(answers: Answers, sets: Mapping[str, Sequence[Prompt]], config: Config) -> Evaluated:
+    """Answer all held-out problems once greedily, and `eval.k` times by sampling; judge by the reward that measures
+    accuracy.
+
+    `sets`: problems by the name of their data set, their ids beginning with it where there are several. Each set's
+    metrics then stand under `eval/<name>/`, and the unweighted means over the sets under `eval/`.
+    """
+    prompts = [prompt for each in sets.values() for prompt in each]
+    greedy = _answer(answers, prompts, sampling_from(config, n=1, temperature=0.0), config)
+    sampled: list[ScoredGroup] = []
     if config.eval.k:
         sampling = sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature)
-        sampled = _first_rewards(_answer(episodes, rewards, prompts, sampling), config)
-        metrics["eval/mean_at_k"] = _mean([s or 0.0 for s in sampled])
-        metrics["eval/unscored"] += float(sum(s is None for s in sampled))
-    return metrics
+        sampled = _answer(answers, prompts, sampling, config)
+    found: dict[str, dict[str, float]] = {}
+    start = 0
+    for name, each in sets.items():
+        part = slice(start, start := start + len(each))
+        found[name] = _measure(greedy[part], sampled[part], config)
+    if len(found) == 1:
+        (metrics,) = found.values()
+    else:
+        metrics = {key: _mean([f[key] for f in found.values()]) for key in _common(found) if not key.startswith("ci/")}
+        metrics |= {f"{name}/{key}": value for name, f in found.items() for key, value in f.items()}
+    return Evaluated({f"eval/{name}": value for name, value in metrics.items()}, greedy, sampled)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Chance that at least one of `k` samples is right, estimated without bias from `right` of `samples` (arXiv
+    2107.03374, equation 1). `k` is at most `samples`."""
+    if samples - right < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - right + 1, samples + 1))
+
+
+def majority(answers: Sequence[str], right: Sequence[bool]) -> float:
+    """Whether the most frequent answer is right; where several are equally frequent, the share of them that is. Samples
+    without an answer ('') do not vote."""
+    votes = Counter(answer for answer in answers if answer)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    chosen = [answer for answer, n in votes.items() if n == most]
+    return _mean([float(right[list(answers).index(answer)]) for answer in chosen])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the mean over problems: Wilson's where each is right or wrong, else by percentiles of
+    a bootstrap over problems with a fixed seed."""
+    if set(values) <= {0.0, 1.0}:
+        found = stats.binomtest(int(sum(values)), len(values)).proportion_ci(_LEVEL, method="wilson")
+        return float(found.low), float(found.high)
+    array = np.asarray(values)
+    drawn = np.random.default_rng(0).integers(0, len(array), (_RESAMPLES, len(array)))
+    low, high = np.quantile(array[drawn].mean(axis=1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
 
 
 def aurac(ranks: Sequence[int], accuracies: Sequence[float], *, log: bool) -> float:
@@ -43,14 +103,46 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], *, log: bool) -> fl
     return area / (places[-1] - places[0])
 
 
-def _answer(
-    episodes: Episodes, rewards: RewardPool, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[ScoredGroup]:
-    return rewards.score(prompts, episodes.generate(prompts, sampling)).groups
+def _measure(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], config: Config) -> dict[str, float]:
+    """Of one data set; intervals under `ci/`."""
+    reward, k = config.accuracy.name, config.eval.k
+    outcomes = [outcome for group in greedy for outcome in group.outcomes[reward]]
+    ends = [completion.finish_reason for group in greedy for completion in group.completions]
+    per_problem = {"accuracy": [o.score or 0.0 for o in outcomes]}
+    shares = {
+        "truncated": _mean([float(end in ("length", "time")) for end in ends]),
+        "stopped": _mean([float(end == "stop") for end in ends]),
+    }
+    if any(EXTRACTED in outcome.extra for outcome in outcomes):
+        shares["answered"] = _mean([float(bool(o.extra.get(EXTRACTED))) for o in outcomes])
+    if sampled:
+        rows = [group.outcomes[reward] for group in sampled]
+        right = [[(o.score or 0.0) >= config.eval.right_from for o in row] for row in rows]
+        per_problem["mean_at_k"] = [_mean([o.score or 0.0 for o in row]) for row in rows]
+        for j in sorted({2**i for i in range(k.bit_length())} | {k}):
+            per_problem[f"pass_at_{j}"] = [pass_at_k(k, sum(row), j) for row in right]
+        if any(EXTRACTED in o.extra for row in rows for o in row):
+            answers = [[str(o.extra.get(EXTRACTED) or "") for o in row] for row in rows]
+            per_problem["maj_at_k"] = [majority(a, r) for a, r in zip(answers, right, strict=True)]
+        ends_of_samples = [c.finish_reason for group in sampled for c in group.completions]
+        shares["truncated_at_k"] = _mean([float(end in ("length", "time")) for end in ends_of_samples])
+        outcomes = [*outcomes, *(o for row in rows for o in row)]
+    metrics = {name: _mean(values) for name, values in per_problem.items()} | shares
+    metrics["unscored"] = float(sum(o.score is None for o in outcomes))
+    for name, values in per_problem.items():
+        metrics[f"ci/{name}_low"], metrics[f"ci/{name}_high"] = interval(values)
+    return metrics
 
 
-def _first_rewards(groups: Sequence[ScoredGroup], config: Config) -> list[float | None]:
-    return [score for group in groups for score in group.parts[config.rewards[0].plugin]]
+def _answer(answers: Answers, prompts: Sequence[Prompt], sampling: Sampling, config: Config) -> list[ScoredGroup]:
+    answered = answers.generate(prompts, sampling, only=config.accuracy.name)
+    return answers.scored(answered).groups
+
+
+def _common(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Metrics that every data set has."""
+    first, *rest = found.values()
+    return [key for key in first if all(key in other for other in rest)]
 
 
 def _mean(values: Sequence[float]) -> float:

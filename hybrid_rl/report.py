@@ -281,7 +281,9 @@ def evaluation_table(
 ) -> Table:
     """Held-out scores of a policy, and of its `ranks`; `areas`: AURAC by form."""
     table = Table("policy" if not ranks else "rank", "accuracy", title=f"Held out: {problems} problems")
-    names = {"mean_at_k": "mean@k", "truncated": "truncated", "unscored": "unscored"}
+    names = {"mean_at_k": "mean@k", "maj_at_k": "maj@k"}
+    names |= {name: name.replace("_at_", "@") for name in scores if name.startswith("pass_at_") and name != "pass_at_1"}
+    names |= {name: name for name in ("answered", "stopped", "truncated", "unscored")}
     names = {name: label for name, label in names.items() if name in scores}
     for label in names.values():
         table.add_column(label)

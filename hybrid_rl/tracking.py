@@ -115,14 +115,16 @@ class RunDirectory:
                     "prompt": group.prompt.text,
                     "completion": completion.text,
                     "reward": group.rewards_G[i],
-                    "rewards": {plugin: scores[i] for plugin, scores in group.parts.items()},
+                    "rewards": {name: row[i].score for name, row in group.outcomes.items()},
+                    "failures": {name: row[i].detail for name, row in group.outcomes.items() if row[i].failed},
+                    "extra": {k: v for row in group.outcomes.values() for k, v in row[i].extra.items()},
                     "advantage": row[i],
                     "tokens": len(completion.token_ids),
                     "given": completion.given,
                     "finish_reason": completion.finish_reason,
                     "weight_version": completion.weight_version,
                     "later_versions": completion.later_versions,
-                    "answer": group.prompt.columns.get("answer"),
+                    "columns": group.prompt.columns,
                 }
                 lines.append(json.dumps(record, default=str))
         (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

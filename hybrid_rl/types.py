@@ -89,6 +89,28 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What became of one completion with one reward."""
+
+    kind: str
+    """`score`, `not_applicable`, or why there is neither: `timeout`, `error`, `crash`."""
+    score: float | None = None
+    detail: str = ""
+    """What went wrong, or why the reward was not asked."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the plugin noted of it (`log_extra`)."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What it measured (`log_metric`)."""
+
+    @property
+    def failed(self) -> bool:
+        return self.kind in FAILURES
+
+
+FAILURES = ("timeout", "error", "crash")
+
+
+@dataclass(frozen=True)
 class ScoredGroup:
     """One prompt, its G completions and what they earned."""
 
@@ -96,8 +118,12 @@ class ScoredGroup:
     completions: tuple[Completion, ...]
     rewards_G: tuple[float | None, ...]
     """Weighted sum of the rewards; `None` where no reward could be computed, and the completion is not trained on."""
-    parts: Mapping[str, tuple[float | None, ...]]
-    """Each plugin's own scores, unweighted."""
+    outcomes: Mapping[str, tuple[Outcome, ...]]
+    """By reward, what became of each completion; scores are unweighted."""
+
+    def scores(self, reward: str) -> tuple[float | None, ...]:
+        """One reward's scores."""
+        return tuple(outcome.score for outcome in self.outcomes[reward])
 
 
 @dataclass(frozen=True)

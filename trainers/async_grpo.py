@@ -8,11 +8,9 @@ in the order in which their prompts were drawn, whichever finished first.
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
-from hybrid_rl.reward import Scored
 from hybrid_rl.tracking import StepClock
 from hybrid_rl.types import Pending, ScoredGroup
 from trainers.setup import Workplace
@@ -28,7 +26,7 @@ class Overlapped:
     def __init__(self, config: Config, workplace: Workplace, prompts: PromptSource, steps: int) -> None:
         """`steps`: how many are left; no prompt is drawn that none of them uses."""
         self._config, self._prompts = config, prompts
-        self._workplace, self._episodes = workplace, workplace.episodes
+        self._workplace, self._answers = workplace, workplace.answers
         self._most_open = (config.asynchrony.max_staleness + 1) * config.batch.prompts
         self._open = 0
         """Prompts that were drawn, of which the engines do not have the update yet."""
@@ -36,55 +34,49 @@ class Overlapped:
         """Prompts to draw yet."""
         self._in_step = 0
         """Those of them that the step under way trains on."""
-        self._thread = ThreadPoolExecutor(1)  # waits for the reward processes while the engines are seen to
-        self._scoring: Future[Scored] | None = None
-        self._groups: list[ScoredGroup] = []
         self.position = prompts.position
 
-    def next(self, clock: StepClock) -> Rollouts:
+    def next(self, step: int, clock: StepClock) -> Rollouts:
         faults: Counter[str] = Counter()
+        groups: list[ScoredGroup] = []
         for left in reversed(range(draws(self._config))):
+            wanted = groups_wanted(self._config, groups)
             with clock.time("generate"):
-                while self._scoring is None:
+                self._work()
+                while not (answered := self._answers.take_next(wanted, _TAG)):
                     self._work()
             with clock.time("reward"):
-                while not self._scoring.done():
+                while not all(each.verdicts.done() for each in answered):
                     self._work()
-            scored, self._scoring = self._scoring.result(), None
-            self._groups += scored.groups
+                scored = self._answers.scored(answered, step)
+            groups += scored.groups
             faults.update(scored.faults)
             self.position += len(scored.groups)
-            missing = groups_wanted(self._config, self._groups)
+            missing = groups_wanted(self._config, groups)
             self._open -= missing  # what is drawn again has left the step
             self._left += missing if left else 0
             self._in_step = self._config.batch.prompts - missing
             if not missing:
                 break
-        groups, self._groups = self._groups, []
         return complete(self._config, self._workplace, groups, faults, clock)
 
     def during(self, training: Pending) -> None:
         while not training.ready(0):
             self._work()
-            if not self._episodes.unfinished(_TAG):
+            if not self._answers.unfinished(_TAG):
                 training.ready(_POLL_SECONDS)
 
     def synced(self) -> None:
         self._open -= self._in_step
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Nothing: what is under way ends with the engines."""
 
     def _work(self) -> None:
-        """See to the engines once: draw prompts, take answers, and have a step's worth of them scored."""
+        """See to the engines once: draw prompts, and take answers, which are scored meanwhile."""
         room = min(self._most_open - self._open, self._left)
         if room > 0:
             self._open += room
             self._left -= room
-            self._episodes.submit(self._prompts.take(room), training_sampling(self._config), _TAG)
-        self._episodes.poll(_POLL_SECONDS)
-        if self._scoring is None:
-            batch = self._episodes.take_next(groups_wanted(self._config, self._groups), _TAG)
-            if batch:
-                prompts, completions = zip(*batch, strict=True)
-                self._scoring = self._thread.submit(self._workplace.rewards.score, prompts, completions)
+            self._answers.submit(self._prompts.take(room), training_sampling(self._config), _TAG)
+        self._answers.poll(_POLL_SECONDS)

@@ -30,7 +30,7 @@ def doctor_sync(config: Config, console: Console) -> bool:
         workplace.learner.build(plan, task.start)
         table, well = _syncs(config, task, workplace)
         console.print(table)
-        gate = Gate(config, workplace, task.eval)
+        gate = Gate(config, workplace, task.held_out)
         found = gate.bisect(SYNCS - 1)
     console.print(_differences(found, gate.limit))
     alike = all(mean <= gate.limit for by_engine in found.values() for mean in by_engine.values())

@@ -109,7 +109,7 @@ def evaluate_policy(
                     with adapted.at_rank(k):
                         update = publisher.publish(served_tensors(adapted), version, adapted.sent_rank)
                     verified += workplace.bring(update).verified
-                metrics = evaluate(workplace.episodes, workplace.rewards, task.eval, config)
+                metrics = evaluate(workplace.answers, task.eval, config).metrics
                 found[k] = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     by_rank = {k: found[k] for k in ranks}
     accuracies = [scores["accuracy"] for scores in by_rank.values()]
@@ -117,7 +117,7 @@ def evaluate_policy(
         scores=found[None],
         ranks=by_rank,
         aurac={form: aurac(ranks, accuracies, log=form == "log2") for form in (("linear", "log2") if ranks else ())},
-        problems=len(task.eval),
+        problems=len(task.held_out),
         verified_engines=verified,
         source={"model": config.model.path, **policy.source} | ({"plan_hash": plan.hash} if adapted else {}),
         answers=_answers(config),
@@ -244,7 +244,9 @@ def _answers(config: Config) -> dict[str, Any]:
     """What decides the answers besides the policy, and what scores them."""
     sampling = asdict(sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature))
     rollout, data = config.rollout, config.data
-    how = {"reward": config.rewards[0].plugin, "data": data.eval, "template": data.template, "chat": data.chat}
+    reward = config.accuracy
+    how: dict[str, Any] = {"reward": reward.plugin, "reward_arguments": reward.arguments}
+    how |= {"right_from": config.eval.right_from, "data": data.eval, "template": data.template, "chat": data.chat}
     how |= {"engine": rollout.engine, "dtype": config.model.dtype, "environment": rollout.environment}
     how |= {"max_turns": rollout.max_turns} if rollout.environment is not None else {}
     return {"greedy": {**sampling, "n": 1, "temperature": 0.0}, "sampled": sampling if config.eval.k else None, **how}

@@ -56,12 +56,12 @@ def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
         else:
             done = TrainerState(0, 0, plan.hash, 0, 0, base=base, started_from=provenance(config))
         workplace.sync(done.step)
-        gate = Gate(config, workplace, task.eval)
+        gate = Gate(config, workplace, task.held_out)
         gate.check(done.step)
         if resume:
             before = run.read_summary()["eval_before"]
         else:
-            before = evaluate(workplace.episodes, workplace.rewards, task.eval, config)
+            before = evaluate(workplace.answers, task.eval, config).metrics
             run.write_summary({"eval_before": before, "ranking_seconds": ranking, "plan_hash": plan.hash})
         evaluated = done.step // config.eval.every * config.eval.every if done.last_eval and config.eval.every else 0
         screen.show_start(done.step, done.last_eval or before, evaluated)
@@ -94,8 +94,8 @@ def _loop(
         clock = StepClock()
         scale = lr_scales(step, config)
 
-        rollouts = source.next(clock)
-        data = assemble(rollouts.groups, config, rollouts.divergences)
+        rollouts = source.next(step, clock)
+        data = assemble(rollouts.groups, config, rollouts.divergences, step=step)
         batch = mini_batches(data.sequences, config, scale, step)
         stats = NO_UPDATE
         if batch.mini_batches:

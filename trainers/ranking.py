@@ -109,7 +109,7 @@ def _rollouts(
     one half, odd ones in the other, however often they come."""
     seed = config.seed + 1 + step
     sampling = sampling_from(config, n=config.batch.num_generations, temperature=config.sampling.temperature, seed=seed)
-    groups = workplace.rewards.score(prompts, workplace.episodes.generate(prompts, sampling)).groups
+    groups = workplace.answers.scored(workplace.answers.generate(prompts, sampling)).groups
     halves = [[g for g in groups if int(g.prompt.id.rpartition("/")[2]) % 2 == half] for half in range(2)]
     # What teaches nothing must not count in calibration means.
     dropping = config.model_copy(update={"algo": config.algo.model_copy(update={"zero_variance": "drop"})})

@@ -75,7 +75,7 @@ class Recorder:
             self._warn_of_ranks()
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             with clock.time("eval"):
-                self.last_eval = evaluate(workplace.episodes, workplace.rewards, self._task.eval, config)
+                self.last_eval = evaluate(workplace.answers, self._task.eval, config).metrics
             row |= self.last_eval
         if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
             with clock.time("checkpoint"):

@@ -5,6 +5,7 @@ All checks that need no worker are made before the first one starts, and raise `
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_rl.adaptation import PARTS, Start
 from hybrid_rl.algorithms import rehearse
+from hybrid_rl.answers import Answers
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
@@ -25,7 +27,7 @@ from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
-from hybrid_rl.reward import RewardPool
+from hybrid_rl.reward import RewardHost, RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.scoring import find_score
@@ -45,7 +47,8 @@ class Task:
     model_bytes: int
     """Bytes of the whole model in `model.dtype`: what a sync of everything would send."""
     train: list[Prompt]
-    eval: list[Prompt]
+    eval: dict[str, list[Prompt]]
+    """Held-out prompts by the name of their set, '' where there is one without a name."""
     too_long: int
     """Training prompts left out as too long."""
     columns: list[str]
@@ -53,6 +56,11 @@ class Task:
     """The plan given by `plan.path` or `plan.start`, or a resumed run's own."""
     start: Start | None = None
     """The values of `plan.start`."""
+
+    @property
+    def held_out(self) -> list[Prompt]:
+        """Those of all sets."""
+        return [prompt for prompts in self.eval.values() for prompt in prompts]
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Workplace:
     episodes: Episodes
     learner: LearnerGroup
     rewards: RewardPool
+    answers: Answers
     colocated: bool
 
     def sync(self, version: int, in_flight: str = "keep", parts: Sequence[str] = PARTS) -> Synced:
@@ -106,12 +115,15 @@ def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
     _check_algorithm(config)
     task, model = _read_input(config)
     plan, start = _check_plans(config, model, task.anatomy, plan)
+    check_rewards(config, task.columns)
     return replace(task, plan=plan, start=start)
 
 
 def check_input(config: Config) -> Task:
     """`check_task` without what decides how a policy is trained: for one that is there already."""
-    return _read_input(config)[0]
+    task = _read_input(config)[0]
+    check_rewards(config, task.columns)
+    return task
 
 
 def _read_input(config: Config) -> tuple[Task, Any]:
@@ -128,14 +140,46 @@ def _read_input(config: Config) -> tuple[Task, Any]:
     data = config.data
     read: dict[str, Any] = {"columns": data.columns, "answer_after": data.answer_after}
     train_rows = load_rows(data.train, setting="data.train", split="train", **read)
-    eval_rows = load_rows(data.eval, setting="data.eval", split="test", **read)[: data.eval_size]
+    held_out: dict[str, list[Prompt]] = {}
+    columns = set(train_rows[0])
+    for name, source in data.held_out.items():
+        setting = f"data.eval.{name}" if name else "data.eval"
+        rows = load_rows(source, setting=setting, split="test", **read)[: data.eval_size]
+        columns &= set(rows[0])
+        prompts, _ = build_prompts(rows, data, tokenizer, setting=setting)
+        held_out[name] = [replace(p, id=f"{name}/{p.id}") for p in prompts] if len(data.held_out) > 1 else prompts
     train, too_long = build_prompts(train_rows, data, tokenizer, setting="data.train")
-    held_out, _ = build_prompts(eval_rows, data, tokenizer, setting="data.eval")
-    _check_length(config, model, train + held_out)
+    _check_length(config, model, [*train, *(p for prompts in held_out.values() for p in prompts)])
     itemsize = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size()
     model_bytes = sum(p.numel() for p in model.parameters()) * itemsize
-    columns = sorted(set(train_rows[0]) & set(eval_rows[0]))
-    return Task(anatomy, model_bytes, train, held_out, too_long, columns), model
+    return Task(anatomy, model_bytes, train, held_out, too_long, sorted(columns)), model
+
+
+def check_rewards(config: Config, columns: Sequence[str]) -> None:
+    """Import every reward's plugin here first: what is wrong with one is said before any worker starts."""
+    for spec in config.rewards:
+        unknown = sorted(set(spec.when) - set(columns))
+        if unknown:
+            raise ConfigError(f"rewards: when of {spec.name} names the column {unknown[0]!r}; the data has {columns}")
+    seen = json.dumps([[s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [list(columns)])
+    if seen in _checked:
+        return
+    host = RewardHost(config.rewards, config.reward.model_copy(update={"workers": 1}))
+    try:
+        host.check(columns, ahead=False)
+    finally:
+        host.close()
+    _checked.add(seen)
+
+
+def _changed(plugin: str) -> float:
+    """When a plugin's file was changed last."""
+    path = Path(plugin.rpartition(":")[0])
+    return path.stat().st_mtime if path.suffix == ".py" and path.is_file() else 0.0
+
+
+_checked: set[str] = set()
+"""Rewards that a run of this process has found to be in order."""
 
 
 def _check_algorithm(config: Config) -> None:
@@ -234,11 +278,7 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner
     with ExitStack() as stack:
         ranks, engines = config.learner.world_size if learner else 0, config.rollout.engines if rollouts else 0
         colocated = config.cluster.placement == "colocate"
-        workplace = Workplace(None, None, None, None, None, None, colocated)  # type: ignore[arg-type]
-        if rollouts:
-            workplace.rewards = RewardPool(config.rewards, config.reward, chat=config.data.chat)
-            stack.callback(workplace.rewards.close)
-            workplace.rewards.check(task.columns)
+        workplace = Workplace(None, None, None, None, None, None, None, colocated)  # type: ignore[arg-type]
         answering: dict[str, Any] = {}
         if rollouts and config.rollout.environment is not None:
             environment = Environment(config.rollout.environment, config.reward)
@@ -248,6 +288,10 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner
             answering["tokenizer"] = load_tokenizer(config)
         workplace.cluster = cluster = open_cluster(config)
         stack.callback(cluster.close)
+        if rollouts:
+            workplace.rewards = RewardPool(config.rewards, config.reward, cluster, chat=config.data.chat)
+            stack.callback(workplace.rewards.close)
+            workplace.rewards.check(task.columns)
         workplace.transport = transport = cluster.transport(config)
         cluster.reserve(_places(config, cluster, ranks, engines))
         workplace.pool = RolloutPool(
@@ -262,6 +306,8 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner
             courier=_courier(config, workplace) if transport.sends else None,
         )
         workplace.episodes = Episodes(workplace.pool, **answering)
+        if rollouts:
+            workplace.answers = Answers(workplace.episodes, workplace.rewards)
         if learner:
             workplace.learner = _start_learner(config, cluster, transport)
         workplace.pool.wait_ready()
@@ -414,7 +460,7 @@ def _start_engine(
         from hybrid_rl.rollout.vllm_engine import VllmEngine as Engine
     else:
         from hybrid_rl.rollout.transformers_engine import TransformersEngine as Engine
-    longest = max(len(p.token_ids) for p in task.train + task.eval)
+    longest = max(len(p.token_ids) for p in task.train + task.held_out)
     plans = [task.plan] if task.plan is not None else _drafts(task.anatomy, config)
     parameters = {weight.name: weight.parameter for weight in task.anatomy.weights}
     settings = EngineSettings(

@@ -40,8 +40,9 @@ class RolloutSource(Protocol):
         """Prompts that the steps so far have used; a resumed run goes on from there."""
         ...
 
-    def next(self, clock: StepClock) -> Rollouts:
-        """Completions of the next prompts, with their rewards.
+    def next(self, step: int, clock: StepClock) -> Rollouts:
+        """Completions of the next prompts, with what they earn at `step`. They are scored while others are sampled; the
+        time counts as `reward` once there is nothing left to wait for but rewards.
 
         With `algo.zero_variance=resample`, prompts are drawn until as many groups as a step has teach something, or the
         limit is reached (dynamic sampling, arXiv 2503.14476, section 3.2).
@@ -69,16 +70,17 @@ class InTurn:
     def position(self) -> int:
         return self._prompts.position
 
-    def next(self, clock: StepClock) -> Rollouts:
+    def next(self, step: int, clock: StepClock) -> Rollouts:
+        answers = self._workplace.answers
         sampling = training_sampling(self._config)
         groups: list[ScoredGroup] = []
         faults: Counter[str] = Counter()
         for _ in range(draws(self._config)):
             batch = self._prompts.take(groups_wanted(self._config, groups))
             with clock.time("generate"):
-                completions = self._workplace.episodes.generate(batch, sampling)
+                answered = answers.generate(batch, sampling)
             with clock.time("reward"):
-                scored = self._workplace.rewards.score(batch, completions)
+                scored = answers.scored(answered, step)
             groups += scored.groups
             faults.update(scored.faults)
             if not groups_wanted(self._config, groups):
@@ -109,7 +111,7 @@ def groups_wanted(config: Config, groups: Sequence[ScoredGroup]) -> int:
     """How many more groups a step needs that has these."""
     useful = len(groups)
     if groups and config.algo.zero_variance == "resample":
-        useful = sum(groups_with_signal(groups))
+        useful = sum(groups_with_signal(groups, config))
     return config.batch.prompts - useful
 
 

@@ -13,6 +13,7 @@ KL divergence, entropy. Advantages are added likewise: `register_advantage`, `al
 """
 
 from hybrid_rl.algorithms.advantages import (
+    decoupled,
     find_advantage,
     has_signal,
     overlong_penalty,
@@ -28,6 +29,7 @@ __all__ = [
     "Objective",
     "TokenLoss",
     "Tokens",
+    "decoupled",
     "find_advantage",
     "find_loss",
     "has_signal",

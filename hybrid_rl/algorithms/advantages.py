@@ -99,6 +99,18 @@ def raw(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
     return rewards_P_G.masked_fill(~valid_P_G, 0)
 
 
+def decoupled(rewards_K_P_G: Tensor, valid_K_P_G: Tensor, weights_K: Tensor) -> Tensor:
+    """GDPO (arXiv 2601.05242, section 3): each of K rewards normalised within its groups, summed by weight, and the sum
+    normalised over the batch, `(R - mean) / (std + 1e-4)`. Returns [P, G]; 0 where no reward is valid."""
+    normalised = [group_normalised(r, v) for r, v in zip(rewards_K_P_G, valid_K_P_G, strict=True)]
+    sums_P_G = (weights_K[:, None, None] * torch.stack(normalised)).sum(dim=0)
+    valid_P_G = valid_K_P_G.any(dim=0)
+    present = sums_P_G[valid_P_G]
+    if not len(present):
+        return sums_P_G
+    return ((sums_P_G - present.mean()) / (_std(present) + EPSILON)).masked_fill(~valid_P_G, 0)
+
+
 def _std(x: Tensor) -> Tensor:
     return x.std() if len(x) > 1 else x.new_zeros(())
 

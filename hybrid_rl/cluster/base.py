@@ -24,6 +24,15 @@ class Cluster(Protocol):
         when this returns."""
         ...
 
+    def nodes(self) -> list[str]:
+        """Names of the machines there are."""
+        ...
+
+    def start_on(self, node: str, worker: type, *args: Any, name: str, at_once: int) -> WorkerHandle:
+        """Construct `worker(*args)` on one of them, beside the places that are reserved. It takes `at_once` calls at a
+        time, which must be safe for threads."""
+        ...
+
     def endpoint(self, handle: WorkerHandle) -> tuple[str, int]:
         """Address and free port on the machine where a worker lives."""
         ...

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from hybrid_rl.cluster.base import make_transport, worker_environment
@@ -14,7 +15,17 @@ from hybrid_rl.types import Pending, Resources, WorkerHandle
 from hybrid_rl.weight_sync import SyncTimeout, Transport
 
 
-class InlineCluster:
+class ThisProcess:
+    """The one node that needs no cluster."""
+
+    def nodes(self) -> list[str]:
+        return ["this machine"]
+
+    def start_on(self, node: str, worker: type, *args: Any, name: str, at_once: int) -> WorkerHandle:
+        return _ThreadedHandle(name, worker(*args), at_once)
+
+
+class InlineCluster(ThisProcess):
     def __init__(self, config: Config) -> None:
         import torch
 
@@ -76,6 +87,33 @@ class _InlineHandle:
 
     def kill(self) -> None:
         self._worker = None
+
+
+class _ThreadedHandle:
+    """A worker that takes several calls at a time."""
+
+    def __init__(self, name: str, worker: Any, at_once: int) -> None:
+        self.name = name
+        self._worker = worker
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix=name)
+
+    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> Pending:
+        return _Later(self.name, self._threads.submit(getattr(self._worker, method), *args, **kwargs))
+
+    def kill(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Later:
+    def __init__(self, name: str, future: Future[Any]) -> None:
+        self.name = name
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._future.result(timeout)
+
+    def ready(self, timeout: float) -> bool:
+        return bool(wait([self._future], timeout).done)
 
 
 class _Done:

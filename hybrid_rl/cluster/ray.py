@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import ray
 import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from hybrid_rl.cluster.base import make_transport, worker_environment
 from hybrid_rl.cluster.inline import free_port
@@ -77,6 +77,18 @@ class RayCluster:
             "num_gpus": takes.gpus,
             "runtime_env": {"env_vars": self._environment},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place),
+        }
+        return _RayHandle(name, ray.remote(_Host).options(**options).remote(worker, *args))  # type: ignore[attr-defined]
+
+    def nodes(self) -> list[str]:
+        return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+    def start_on(self, node: str, worker: type, *args: Any, name: str, at_once: int) -> WorkerHandle:
+        options = {
+            "num_cpus": 0,
+            "max_concurrency": at_once,
+            "runtime_env": {"env_vars": self._environment},
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
         return _RayHandle(name, ray.remote(_Host).options(**options).remote(worker, *args))  # type: ignore[attr-defined]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hybrid_rl.algorithms import find_advantage, has_signal, overlong_penalty, token_weights
-from hybrid_rl.config import Config, FullConfig, LoraConfig
+from hybrid_rl.algorithms import decoupled, find_advantage, has_signal, overlong_penalty, token_weights
+from hybrid_rl.config import Config, FullConfig, LoraConfig, RewardSpec
 from hybrid_rl.learner.batching import sampled
-from hybrid_rl.types import ScoredGroup, TrainBatch, TrainSequence
+from hybrid_rl.types import FAILURES, Outcome, ScoredGroup, TrainBatch, TrainSequence
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,13 @@ class Assembled:
 
 
 def assemble(
-    groups: Sequence[ScoredGroup], config: Config, divergences: Sequence[Sequence[float]] | None = None
+    groups: Sequence[ScoredGroup],
+    config: Config,
+    divergences: Sequence[Sequence[float]] | None = None,
+    *,
+    step: int = 1,
 ) -> Assembled:
-    """Shape the rewards, compute the advantages, and leave out what `algo` says.
+    """Shape the rewards, compute the advantages, and leave out what `algo` says. Rewards weigh as at `step`.
 
     The overlong penalty goes by all tokens of a completion, as its limit does. `divergences` are each completion's from
     the base policy, where `algo.kl_in=reward`.
@@ -43,7 +47,7 @@ def assemble(
     if not groups:
         return Assembled([], [], 0, {}, {})
     rewards_P_G, valid_P_G = _rewards(groups)
-    signal_P = groups_with_signal(groups)
+    signal_P = groups_with_signal(groups, config)
     penalties: dict[str, torch.Tensor] = {}
     if algo.overlong_buffer:
         lengths_P_G = torch.tensor([[len(c.token_ids) for c in g.completions] for g in groups])
@@ -51,9 +55,15 @@ def assemble(
         penalties["overlong"] = -overlong_penalty(lengths_P_G, limit, buffer, algo.overlong_penalty)
     if divergences is not None:
         penalties["kl"] = algo.kl_coef * torch.tensor(divergences)
-    for penalty_P_G in penalties.values():
-        rewards_P_G = rewards_P_G - penalty_P_G
-    advantages_P_G = find_advantage(algo.advantage)(rewards_P_G, valid_P_G).tolist()
+    if algo.reward_aggregation == "normalize_then_sum":
+        parts = [_scores(groups, spec) for spec in config.rewards]
+        parts += [(-penalty_P_G, valid_P_G) for penalty_P_G in penalties.values()]
+        weights_K = torch.tensor([spec.weight_at(step) for spec in config.rewards] + [1.0] * len(penalties))
+        rewards_K, valid_K = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        advantages_P_G = decoupled(rewards_K, valid_K & valid_P_G, weights_K).tolist()
+    else:
+        rewards_P_G = rewards_P_G - sum(penalties.values())
+        advantages_P_G = find_advantage(algo.advantage)(rewards_P_G, valid_P_G).tolist()
 
     sequences: list[TrainSequence] = []
     dropped: Counter[str] = Counter()
@@ -86,15 +96,27 @@ def assemble(
     return Assembled(sequences, advantages_P_G, signal_P.count(False), means, dropped)
 
 
-def groups_with_signal(groups: Sequence[ScoredGroup]) -> list[bool]:
-    """Which groups have at least two rewards, not all equal."""
-    return has_signal(*_rewards(groups)).tolist()
+def groups_with_signal(groups: Sequence[ScoredGroup], config: Config) -> list[bool]:
+    """Which groups have at least two rewards, not all equal: their sums or, where each is normalised, any of them."""
+    rewards_P_G, valid_P_G = _rewards(groups)
+    if config.algo.reward_aggregation == "sum_then_normalize":
+        return has_signal(rewards_P_G, valid_P_G).tolist()
+    parts = [_scores(groups, spec) for spec in config.rewards]
+    return torch.stack([has_signal(scores, valid & valid_P_G) for scores, valid in parts]).any(dim=0).tolist()
 
 
 def _rewards(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards [P, G], 0 where there is none, and where there is one."""
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
     return rewards_P_G.nan_to_num(0.0), ~rewards_P_G.isnan()
+
+
+def _scores(groups: Sequence[ScoredGroup], spec: RewardSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """One reward's scores [P, G], and where there is one; a failure counts 0 where `on_failure` says so."""
+    zero = 0.0 if spec.on_failure == "zero" else None
+    rows = [[zero if o.failed else o.score for o in group.outcomes[spec.name]] for group in groups]
+    scores_P_G = torch.tensor([[math.nan if s is None else s for s in row] for row in rows])
+    return scores_P_G.nan_to_num(0.0), ~scores_P_G.isnan()
 
 
 def mini_batches(
@@ -146,8 +168,8 @@ def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, 
         "completions/truncated": _mean([c.truncated for c in completions]),
         "completions/out_of_time": _mean([c.finish_reason == "time" for c in completions]),
     }
-    for plugin in groups[0].parts:
-        metrics[f"reward/{plugin}/mean"] = _mean([r for g in groups for r in g.parts[plugin]])
+    for name in groups[0].outcomes:
+        metrics |= _outcome_metrics(name, [o for g in groups for o in g.outcomes[name]])
     for name in ("unscored", "zero_variance", "zero_advantage", "overlong"):
         metrics[f"tokens/dropped_{name}"] = data.dropped_tokens.get(name, 0)
     metrics |= {f"reward/{name}_penalty": value for name, value in data.penalties.items()}
@@ -155,6 +177,15 @@ def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, 
     for percent in (5, 25, 50, 75, 95):
         metrics[f"policy/advantage_p{percent:02d}"] = float(advantages.quantile(percent / 100))
     return metrics
+
+
+def _outcome_metrics(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """A reward's mean, how often it gave none and why, and means of what its plugin measured."""
+    metrics = {f"reward/{name}/mean": _mean([o.score for o in outcomes])}
+    for kind in ("not_applicable", *FAILURES):
+        metrics[f"reward/{name}/{kind}"] = sum(o.kind == kind for o in outcomes)
+    measured = dict.fromkeys(key for o in outcomes for key in o.metrics)
+    return metrics | {f"reward/{name}/{key}": _mean([o.metrics.get(key) for o in outcomes]) for key in measured}
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -1,5 +1,7 @@
 """The runtime that calls reward plugins in processes of their own."""
 
-from hybrid_rl.reward.runtime import RewardPool, Scored
+from hybrid_rl.reward.combine import Scored
+from hybrid_rl.reward.host import RewardHost
+from hybrid_rl.reward.pool import RewardPool, Verdicts
 
-__all__ = ["RewardPool", "Scored"]
+__all__ = ["RewardHost", "RewardPool", "Scored", "Verdicts"]

@@ -1,26 +1,228 @@
-"""Calling a reward plugin. Runs in a reward process, never in the trainer's."""
+"""Calling a reward plugin. Runs in a reward process, never in the trainer's.
+
+A plugin is a function, or a class whose instances are called (`setup` first, `close` at the end, if it has them), or a
+function without any of the parameters below, which makes a reward of the arguments. How a reward is called follows from
+its parameters, as in TRL: `completions` gets a list and returns a list; `completion` gets one and returns one.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import json
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from hybrid_rl.plugins import call
+from hybrid_rl.plugins.resolve import accepted, load_plugin, missing, named_parameters
+from hybrid_rl.plugins.worker import at_end, reason
+
+ENTRY_POINTS = "hybrid_rl.rewards"
+"""Group under which installed packages offer rewards."""
+LISTS = ("completions", "prompts", "completion_ids", "finish_reason", "log_extra", "log_metric")
+"""What every reward can take besides the columns: with `completion`, the single `completion`, `prompt` and so on."""
+_SINGLE = {"completions": "completion", "prompts": "prompt"}
+_MARKS = {"completions", "completion", "completion_ids", "prompts"}
+"""Parameters that tell a reward from a function that makes one."""
 
 
-def call_plugin(
-    spec: str, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
-) -> list[float | None]:
-    """Score completions. TRL's convention: keyword arguments, one list each; `None` means not applicable.
+@dataclass(frozen=True)
+class _Reward:
+    """A plugin ready to be called."""
 
-    Raises `ValueError` if the plugin returns another number of scores than completions, or a score that is not finite.
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    """That its every call gets."""
+    single: bool
+    """Whether it takes one completion, not a list."""
+    independent: bool
+    """Whether a list may as well be given piece by piece."""
+    asynchronous: bool
+
+
+def check(plugin: str, arguments: str, given: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Make a plugin ready for calls. Yields `missing`, the parameters that it wants and is not given, and `piecewise`,
+    whether it answers completion by completion.
+
+    Raises what loading it raises, and `TypeError` for arguments it does not take.
     """
-    lists = {name: list(values) for name, values in columns.items()}
-    scores = call(spec, {"prompts": list(prompts), **lists, "completions": list(completions)})
-    scores = [None if score is None else float(score) for score in scores]
-    if len(scores) != len(completions):
-        raise ValueError(f"{spec} returned {len(scores)} scores for {len(completions)} completions")
-    if any(score is not None and not math.isfinite(score) for score in scores):
-        raise ValueError(f"{spec} returned a score that is not finite")
-    return scores
+    reward = _reward(plugin, arguments)
+    lists = LISTS if not reward.single else [_SINGLE.get(name, name) for name in LISTS]
+    piecewise = (reward.single and not reward.asynchronous) or reward.independent
+    yield {"missing": missing(reward.function, [*lists, *given, *reward.arguments]), "piecewise": piecewise}
+
+
+def score(plugin: str, arguments: str, group: Mapping[str, Sequence[Any]], seconds: float) -> Iterator[dict[str, Any]]:
+    """Score the completions of one prompt. `group` has lists of the same length: `completions`, `prompts`,
+    `completion_ids`, `finish_reason` and the columns.
+
+    Yields one object a completion, in order unless it has `at`: `score` or `error`, and what was logged. Raises
+    `ValueError` if the plugin returns another number of scores than completions, or something that is no score.
+    """
+    reward = _reward(plugin, arguments)
+    size = len(group["completions"])
+    if reward.single and reward.asynchronous:
+        yield from _at_once(reward, group, seconds)
+    elif reward.single or reward.independent:
+        for i in range(size):
+            yield _one(reward, {name: values[i : i + 1] for name, values in group.items()})
+    else:
+        notes = _Notes(size)
+        result = _call(reward, {name: list(values) for name, values in group.items()} | notes.loggers())
+        scores = _checked(_finished(result), size)
+        for i, value in enumerate(scores):
+            yield {"score": value, **notes.of(i)}
+
+
+def _one(reward: _Reward, group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """One completion by itself; an exception of the plugin is its outcome."""
+    notes = _Notes(1)
+    try:
+        if reward.single:
+            result = [_finished(_call(reward, _singled(group) | notes.loggers()))]
+        else:
+            result = _finished(_call(reward, {k: list(v) for k, v in group.items()} | notes.loggers()))
+        return {"score": _checked(result, 1)[0], **notes.of(0)}
+    except Exception as error:
+        return {"error": reason(error), **notes.of(0)}
+
+
+def _at_once(reward: _Reward, group: Mapping[str, Sequence[Any]], seconds: float) -> Iterator[dict[str, Any]]:
+    """All completions of an asynchronous reward beside each other, each with its own limit of time."""
+
+    async def one(i: int) -> dict[str, Any]:
+        notes = _Notes(1)
+        single = {name: values[i : i + 1] for name, values in group.items()}
+        try:
+            result = await asyncio.wait_for(_call(reward, _singled(single) | notes.loggers()), seconds)
+            return {"score": _checked([result], 1)[0], **notes.of(0)}
+        except TimeoutError:
+            return {"timeout": True, **notes.of(0)}
+        except Exception as error:
+            return {"error": reason(error), **notes.of(0)}
+
+    async def all_of() -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(one(i) for i in range(len(group["completions"])))))
+
+    yield from _loop().run_until_complete(all_of())
+
+
+def _singled(group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    # A column `prompt` is the prompt itself, as the policy saw it.
+    return {_SINGLE.get(name, name): values[0] for name, values in group.items()}
+
+
+def _call(reward: _Reward, given: Mapping[str, Any]) -> Any:
+    return reward.function(**accepted(reward.function, {**given, **reward.arguments}))
+
+
+def _finished(result: Any) -> Any:
+    return _loop().run_until_complete(_wait(result)) if inspect.isawaitable(result) else result
+
+
+async def _wait(awaitable: Any) -> Any:
+    return await awaitable
+
+
+@lru_cache(maxsize=1)
+def _loop() -> asyncio.AbstractEventLoop:
+    """One loop for the worker's life: connections that a plugin keeps belong to the loop that opened them."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    return loop
+
+
+def _checked(scores: Any, size: int) -> list[float | None]:
+    values = scores.tolist() if hasattr(scores, "tolist") else scores
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"it returned {type(scores).__name__}, no list of scores")
+    if len(values) != size:
+        raise ValueError(f"it returned {len(values)} scores for {size} completions")
+    return [None if value is None else _number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, numbers.Real) and not hasattr(value, "__float__"):
+        raise ValueError(f"it returned {type(value).__name__} where a number or None is due")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"it returned a score that is not finite: {number}")
+    return number
+
+
+class _Notes:
+    """What a plugin logs of the completions of one call."""
+
+    _LONGEST = 2000
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._extra: dict[str, list[Any]] = {}
+        self._metrics: dict[str, float] = {}
+
+    def loggers(self) -> dict[str, Any]:
+        return {"log_extra": self._log_extra, "log_metric": self._log_metric}
+
+    def of(self, i: int) -> dict[str, Any]:
+        return {"extra": {name: values[i] for name, values in self._extra.items()}, "metrics": self._metrics}
+
+    def _log_extra(self, column: str, values: Any) -> None:
+        # A reward of single completions logs its value, TRL's lists them.
+        listed = list(values) if isinstance(values, list | tuple) else [values]
+        if len(listed) != self._size:
+            raise ValueError(f"log_extra({column!r}) was given {len(listed)} values for {self._size} completions")
+        self._extra[str(column)] = [self._short(value) for value in listed]
+
+    def _log_metric(self, name: str, value: Any) -> None:
+        self._metrics[str(name)] = _number(value)
+
+    def _short(self, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        return str(value)[: self._LONGEST]
+
+
+@lru_cache(maxsize=256)
+def _reward(plugin: str, arguments: str) -> _Reward:
+    """`arguments` is JSON. A class is instantiated and set up once a process."""
+    found, given = load_plugin(plugin, ENTRY_POINTS), json.loads(arguments)
+    if inspect.isclass(found):
+        _refuse_unknown(found, given)
+        made: Any = found(**given)
+        function, given = made, {}
+        if hasattr(made, "setup"):
+            _finished(made.setup())
+        if hasattr(made, "close"):
+            at_end(lambda: _finished(made.close()))
+        if not callable(function):
+            raise TypeError(f"instances of {plugin} cannot be called; it needs __call__")
+    elif _is_maker(found):
+        _refuse_unknown(found, given)
+        function, given = found(**given), {}
+        if not callable(function):
+            raise TypeError(f"{plugin} takes no completions, and what it returns cannot be called")
+    else:
+        _refuse_unknown(found, given)
+        function = found
+    independent = bool(getattr(function, "independent", False))
+    single = "completion" in inspect.signature(function).parameters
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return _Reward(function, given, single, independent, asynchronous)
+
+
+def _is_maker(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    several = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return not several and not _MARKS & {p.name for p in parameters}
+
+
+def _refuse_unknown(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """`**columns` would swallow a misspelt argument."""
+    known = named_parameters(function)
+    for name in arguments:
+        if name not in known or name in (*LISTS, *_SINGLE.values()):
+            settable = [n for n in known if n not in (*LISTS, *_SINGLE.values())]
+            raise TypeError(f"it takes no argument {name!r}; it has {', '.join(settable) or 'none'}")

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
-from hybrid_rl.config import RewardConfig
-from hybrid_rl.plugins import Failure, PluginProcesses, call
+from hybrid_rl.config import ConfigError, RewardConfig
+from hybrid_rl.plugins import Answer, Failure, PluginProcesses
+from hybrid_rl.plugins.transcript import needs, respond
 from hybrid_rl.types import Prompt
 
 
@@ -24,22 +24,40 @@ class Environment:
 
     def __init__(self, spec: str, settings: RewardConfig) -> None:
         self.spec = spec
-        self._processes = PluginProcesses([spec], workers=settings.workers, timeout=settings.timeout)
+        self._processes = PluginProcesses(
+            workers=settings.workers,
+            timeout=settings.timeout,
+            memory_mib=settings.memory_mib,
+            modules=[respond.__module__],
+        )
 
     def check(self, columns: Sequence[str]) -> None:
         """Import the function, in a worker. Raises `ConfigError` if it is missing or wants a column that is not."""
-        self._processes.check(self.spec, ["turns", *columns], setting="rollout.environment")
+        try:
+            missing = self._processes.check(needs, self.spec, ["turns", *columns])
+        except ValueError as error:
+            raise ConfigError(f"rollout.environment: plugin {self.spec!r} cannot be loaded: {error}") from None
+        if missing:
+            raise ConfigError(
+                f"rollout.environment: plugin {self.spec!r} needs the column {missing[0]!r}; the data has "
+                f"{sorted(columns)}. Map one to it with data.columns"
+            )
+        self._processes.preload(self.spec)
 
-    def ask(self, prompt: Prompt, turns: Sequence[str]) -> Future[Any]:
+    def ask(self, prompt: Prompt, turns: Sequence[str]) -> Future[Answer]:
         """Begin a call; `answer` tells its outcome."""
-        return self._processes.schedule(call, self.spec, {**prompt.columns, "turns": list(turns)})
+        return self._processes.schedule(respond, self.spec, {**prompt.columns, "turns": list(turns)})
 
-    def answer(self, asked: Future[Any]) -> str | Failure | None:
+    def answer(self, asked: Future[Answer]) -> str | Failure | None:
         """The text that a call returned, `None` where the episode is over, or why there is neither."""
-        found = self._processes.outcome(self.spec, asked)
-        if found is None or isinstance(found, str | Failure):
-            return found
-        return Failure("error", f"{self.spec} returned {type(found).__name__}, neither text nor None")
+        answer = asked.result()
+        if answer.failure is not None:
+            return Failure(answer.failure.kind, f"{self.spec} {_said(answer.failure)}")
+        return answer.values[0]
 
     def close(self) -> None:
         self._processes.close()
+
+
+def _said(failure: Failure) -> str:
+    return f"raised {failure.detail}" if failure.kind == "error" else failure.detail

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from hybrid_rl.plugins import GIVE_UP_AFTER, Failure
+from hybrid_rl.plugins import Failure
+from hybrid_rl.plugins.processes import GIVE_UP_AFTER
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.rollout.pool import RolloutPool, prompt_seed
 from hybrid_rl.types import Completion, Prompt, Request, Sampling
@@ -37,6 +38,8 @@ class _Group:
     sampling: Sampling
     seed: int
     ended: list[Completion | None]
+    told: bool = False
+    """Whether `Episodes.ended` has named it."""
 
 
 @dataclass(eq=False)
@@ -107,6 +110,18 @@ class Episodes:
         self._groups[tag] = groups[count:]
         return [(g.prompt, tuple(c for c in g.ended if c is not None)) for g in groups[:count]]
 
+    def ended(self, tag: str = "") -> list[tuple[Prompt, tuple[Completion, ...]]]:
+        """Prompts submitted under `tag` whose completions have all ended, in any order, each told once. `take_next` has
+        them all the same."""
+        new = [g for g in self._groups.get(tag, []) if not g.told and None not in g.ended]
+        for group in new:
+            group.told = True
+        return [(g.prompt, tuple(c for c in g.ended if c is not None)) for g in new]
+
+    def forget(self, tag: str) -> None:
+        """A tag that is used no more."""
+        self._groups.pop(tag, None)
+
     def unfinished(self, tag: str = "") -> int:
         """Prompts submitted under `tag` of which a completion has not ended."""
         return sum(None in g.ended for g in self._groups.get(tag, []))
@@ -118,7 +133,7 @@ class Episodes:
         while self.unfinished(tag):
             self.poll(1.0)
         taken = self.take_next(len(prompts), tag)
-        del self._groups[tag]
+        self.forget(tag)
         return [list(completions) for _, completions in taken]
 
     def _receive(self, asked: _Group | _Episode, completions: tuple[Completion, ...]) -> None:

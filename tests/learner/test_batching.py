@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
-from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches, reward_metrics
+from hybrid_rl.learner.assemble import assemble, groups_with_signal, lr_scales, mini_batches, reward_metrics
 from hybrid_rl.learner.batching import collate, micro_batches
-from hybrid_rl.types import Completion, Prompt, ScoredGroup, TrainSequence
+from hybrid_rl.types import Completion, Outcome, Prompt, ScoredGroup, TrainSequence
 from tests.learner.processes import random_sequences
 
 SCALE = {"full": 1.0, "lora": 1.0}
@@ -83,7 +84,7 @@ def test_means_count_sampled_tokens_and_limits_all_tokens():
         Completion("", (1,) * 8, (-1.0,) * 8, "stop", 0, given=((2, 5),)),
         Completion("", (1,) * 4, (-1.0,) * 4, "stop", 0),
     )
-    group = ScoredGroup(Prompt("0", "", (1,), {}), completions, (1.0, 0.0), {"r": (1.0, 0.0)})
+    group = ScoredGroup(Prompt("0", "", (1,), {}), completions, (1.0, 0.0), {})
     config = _config(algo={"aggregation": "token_mean", "overlong_buffer": 0.4, "advantage": "raw"})
     data = assemble([group], config)
     assert data.advantages[0] == pytest.approx([0.5, 0.0]), "eight tokens are two into the buffer of the last four"
@@ -95,8 +96,60 @@ def test_means_count_sampled_tokens_and_limits_all_tokens():
     assert (metrics["tokens/generated"], metrics["tokens/given"]) == (9, 3)
     assert (metrics["completions/mean_length"], metrics["completions/mean_turns"]) == (4.5, 1.5)
     assert assemble([group], _config(algo={"zero_variance": "drop"})).dropped_tokens == {}
-    none = replace(group, rewards_G=(None, None), parts={"r": (None, None)})
+    none = replace(group, rewards_G=(None, None))
     assert assemble([none], config).dropped_tokens == {"unscored": 9}
+
+
+def test_rewards_normalised_one_by_one_are_trl_s_advantages():
+    """`multi_objective_aggregation="normalize_then_sum"` of TRL 1.16, written out, with scores that do not apply."""
+    draw = random.Random(5)
+    config = _config(
+        algo={"reward_aggregation": "normalize_then_sum"},
+        rewards=[{"plugin": "m:a"}, {"plugin": "m:b", "weight": {1: 0.0, 11: 1.0}}, {"plugin": "m:c", "weight": -2.0}],
+    )
+    weights = torch.tensor([1.0, 0.5, -2.0])  # at step 6
+    scores = [[[draw.choice([0.0, 0.5, 1.0, 3.0, None]) for _ in range(4)] for _ in range(5)] for _ in range(3)]
+    scores[1][2] = [1.0] * 4  # equal: teaches nothing by itself
+    groups = []
+    for p in range(5):
+        outcomes = {
+            f"m:{'abc'[k]}": tuple(Outcome("not_applicable" if s is None else "score", s) for s in scores[k][p])
+            for k in range(3)
+        }
+        none = [all(scores[k][p][g] is None for k in range(3)) for g in range(4)]
+        completions = tuple(Completion("", (1,), (-1.0,), "stop", 0) for _ in range(4))
+        rewards = tuple(None if n else 1.0 for n in none)
+        groups.append(ScoredGroup(Prompt(str(p), "", (1,), {}), completions, rewards, outcomes))
+    table = torch.tensor([[[float("nan") if s is None else s for s in row] for row in plugin] for plugin in scores])
+    normalised = (table - table.nanmean(dim=2, keepdim=True)) / (_nanstd(table, 2) + 1e-4)
+    sums = (normalised * weights[:, None, None]).nansum(dim=0)
+    sums[table.isnan().all(dim=0)] = torch.nan
+    expected = ((sums - sums.nanmean()) / (_nanstd(sums.flatten(), 0) + 1e-4)).nan_to_num(0.0)
+    data = assemble(groups, config, step=6)
+    torch.testing.assert_close(torch.tensor(data.advantages), expected, atol=1e-5, rtol=1e-5)
+    flat = replace(groups[2], outcomes={"m:a": groups[2].outcomes["m:b"]})
+    assert groups_with_signal(groups, config) == [True] * 5, "the sums are all equal, the rewards are not"
+    assert groups_with_signal([flat], _config()) == [False]
+
+
+def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:
+    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    squares = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim, keepdim=True)
+    return (squares / (count - 1)).sqrt()
+
+
+def test_metrics_say_what_became_of_every_completion():
+    outcomes = (
+        Outcome("score", 1.0, metrics={"calls": 2.0}),
+        Outcome("timeout", None, "took too long"),
+        Outcome("not_applicable"),
+        Outcome("score", 0.0, metrics={"calls": 4.0}),
+    )
+    completions = tuple(Completion("", (1,), (-1.0,), "stop", 0) for _ in outcomes)
+    group = ScoredGroup(Prompt("0", "", (1,), {}), completions, (1.0, None, None, 0.0), {"mine": outcomes})
+    metrics = reward_metrics([group], assemble([group], _config()))
+    found = {name.removeprefix("reward/mine/"): metrics[name] for name in metrics if name.startswith("reward/mine/")}
+    assert found == {"mean": 0.5, "not_applicable": 1, "timeout": 1, "error": 0, "crash": 0, "calls": 3.0}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -111,7 +164,7 @@ def _group(rewards: list[float | None], lengths: list[int] | None = None, cut: t
         Completion("", (1,) * n, (-1.0,) * n, "length" if i in cut else "stop", 0)
         for i, n in enumerate(lengths or [2] * len(rewards))
     )
-    return ScoredGroup(Prompt("0", "", (1,), {}), completions, tuple(rewards), {"r": tuple(rewards)})
+    return ScoredGroup(Prompt("0", "", (1,), {}), completions, tuple(rewards), {})
 
 
 GROUPS = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_rl.cluster.inline import ThisProcess
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
 from hybrid_rl.reward import RewardPool
 from hybrid_rl.types import Completion, Prompt
@@ -77,7 +78,7 @@ GROUPS = [[completion("a"), completion("bad"), completion("b")], [completion("a"
 
 
 def score(*specs: tuple[str, float], timeout: float = 2.0):
-    pool = RewardPool([RewardSpec(plugin=p, weight=w) for p, w in specs], RewardConfig(timeout=timeout))
+    pool = RewardPool([RewardSpec(plugin=p, weight=w) for p, w in specs], RewardConfig(timeout=timeout), ThisProcess())
     try:
         pool.check(["answer", "prompt"])
         return pool.score(PROMPTS, GROUPS)
@@ -88,7 +89,7 @@ def score(*specs: tuple[str, float], timeout: float = 2.0):
 def test_rewards_are_weighted_and_summed(plugin: str):
     result = score((f"{plugin}:good", 1.0), (f"{plugin}:no_extras", 0.5), (f"{plugin}:asynchronous", 2.0))
     assert [g.rewards_G for g in result.groups] == [(3.5, 2.5, 2.5), (3.5, 2.5, 3.5)]
-    assert result.groups[0].parts[f"{plugin}:good"] == (1.0, 0.0, 0.0)
+    assert result.groups[0].scores(f"{plugin}:good") == (1.0, 0.0, 0.0)
     assert sum(result.faults.values()) == 0
 
 
@@ -120,7 +121,7 @@ def test_a_plugin_that_always_fails_stops_the_run_with_its_error(plugin: str):
 
 
 def test_a_column_that_a_plugin_needs_must_be_there(plugin: str):
-    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig(), ThisProcess())
     try:
         with pytest.raises(ConfigError, match="needs the column 'answer'"):
             pool.check(["prompt"])
@@ -138,7 +139,7 @@ def test_a_failed_check_is_no_zero_beside_another_reward(plugin: str):
 def test_a_plugin_that_always_hangs_does_not_hold_the_run_for_hours(plugin: str):
     groups = [[completion("bad") for _ in range(8)] for _ in range(4)]
     prompts = [Prompt(str(i), "p", (1,), {"prompt": "p"}) for i in range(4)]
-    pool = RewardPool([RewardSpec(plugin=f"{plugin}:hangs")], RewardConfig(timeout=0.3))
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:hangs")], RewardConfig(timeout=0.3), ThisProcess())
     started = time.monotonic()
     try:
         with pytest.raises(RuntimeError, match=r"took more than reward\.timeout"):
@@ -150,18 +151,18 @@ def test_a_plugin_that_always_hangs_does_not_hold_the_run_for_hours(plugin: str)
 
 def test_a_completion_whose_environment_failed_has_no_reward(plugin: str):
     cut = dataclasses.replace(completion("a"), finish_reason="environment")
-    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig(), ThisProcess())
     try:
         (group,) = pool.score(PROMPTS[:1], [[cut, completion("a")]]).groups
         assert pool.score(PROMPTS[:1], [[cut, cut]]).groups[0].rewards_G == (None, None)
     finally:
         pool.close()
     assert group.rewards_G == (None, 1.0)
-    assert group.parts[f"{plugin}:good"] == (None, 1.0), "and counts as unscored in an evaluation too"
+    assert group.scores(f"{plugin}:good") == (None, 1.0), "and counts as unscored in an evaluation too"
 
 
 def test_workers_killed_while_idle_are_replaced(plugin: str):
-    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig())
+    pool = RewardPool([RewardSpec(plugin=f"{plugin}:good")], RewardConfig(), ThisProcess())
     try:
         first = pool.score(PROMPTS, GROUPS).groups
         for worker in multiprocessing.active_children():
@@ -174,7 +175,7 @@ def test_workers_killed_while_idle_are_replaced(plugin: str):
 
 @pytest.mark.parametrize("spec", ["nowhere.py:f", "rewards.math:nothing", "no_such_module:f", "no colon"])
 def test_plugins_that_cannot_be_loaded_are_refused(spec: str):
-    pool = RewardPool([RewardSpec(plugin=spec)], RewardConfig())
+    pool = RewardPool([RewardSpec(plugin=spec)], RewardConfig(), ThisProcess())
     try:
         with pytest.raises(ConfigError, match="cannot be loaded"):
             pool.check(["answer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybrid_rl.answers import Answered
 from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.data import PromptSource
@@ -29,8 +31,8 @@ STEPS = 12
 PROMPTS = [Prompt(str(i), "", (i,), {}) for i in range(1000)]
 
 
-class _Episodes:
-    """Stands in for `Episodes`: a prompt is finished after a random number of polls, under the version at its start."""
+class _Answers:
+    """Stands in for `Answers`: a prompt is finished after a random number of polls, under the version at its start."""
 
     def __init__(self, seed: int) -> None:
         self._random, self.version, self._open = random.Random(seed), 0, deque()
@@ -48,19 +50,21 @@ class _Episodes:
     def unfinished(self, tag: str) -> int:
         return sum(polls > 0 for _, polls, _ in self._open)
 
-    def take_next(self, count: int, tag: str) -> list[Any]:
+    def take_next(self, count: int, tag: str) -> list[Answered]:
         first = [self._open[i] for i in range(min(count, len(self._open)))]
         if len(first) < count or any(polls > 0 for _, polls, _ in first):
             return []
         for _ in first:
             self._open.popleft()
-        return [(p, [Completion("", (1,), (0.0,), "stop", version)] * 2) for p, _, version in first]
+        done: Future[Any] = Future()
+        done.set_result({})
+        return [Answered(p, (Completion("", (1,), (0.0,), "stop", v),) * 2, done) for p, _, v in first]
 
-
-def _score(prompts: Any, completions: Any) -> Scored:
-    """Every third prompt's completions earn the same."""
-    rewards = [(1.0, float(int(p.id.rpartition("/")[2]) % 3 == 0)) for p in prompts]
-    return Scored([ScoredGroup(p, tuple(c), r, {}) for p, c, r in zip(prompts, completions, rewards, strict=True)], {})
+    def scored(self, answered: list[Answered], step: int) -> Scored:
+        """Every third prompt's completions earn the same."""
+        assert step == self.version + 1
+        rewards = [(1.0, float(int(a.prompt.id.rpartition("/")[2]) % 3 == 0)) for a in answered]
+        return Scored([ScoredGroup(a.prompt, a.completions, r, {}) for a, r in zip(answered, rewards, strict=True)], {})
 
 
 class _Training:
@@ -84,24 +88,24 @@ class _Training:
 def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(ahead: int, algorithm: str, seed: int):
     tree = {"model": {"path": "m"}, "data": {"train": "a.json", "eval": "a.json"}, "algorithm": algorithm}
     config = parse_config(tree | {"async": {"max_staleness": ahead}, "batch": {"prompts": 4, "num_generations": 2}})
-    episodes = _Episodes(seed)
-    workplace: Any = SimpleNamespace(episodes=episodes, rewards=SimpleNamespace(score=_score))
+    answers = _Answers(seed)
+    workplace: Any = SimpleNamespace(answers=answers)
     source = Overlapped(config, workplace, PromptSource(PROMPTS, 0), STEPS)
     used, stalest = [], 0
     for version in range(STEPS):
-        rollouts = source.next(StepClock())
+        rollouts = source.next(version + 1, StepClock())
         for group in rollouts.groups:
             used.append(group.prompt.id)
             stalest = max(stalest, version - group.completions[0].weight_version)
         assert source.position == len(used)
         source.during(_Training(polls=random.Random(seed + version).randrange(6)))
-        episodes.version += 1
+        answers.version += 1
         source.synced()
     source.close()
     assert used == [p.id for p in PromptSource(PROMPTS, 0).take(len(used))], "in the order of drawing, none twice"
     assert stalest == ahead or (algorithm == "dapo" and stalest <= ahead)
-    assert episodes.most <= 4 * (ahead + 1), "nothing queues up"
-    assert episodes.drawn == len(used), "nothing is drawn that no step uses"
+    assert answers.most <= 4 * (ahead + 1), "nothing queues up"
+    assert answers.drawn == len(used), "nothing is drawn that no step uses"
 
 
 def test_staleness_is_counted_by_token():
@@ -187,9 +191,9 @@ def _stop_at(call: int) -> Any:
 
     calls = iter(range(1, call + 1))
 
-    def assembled(*arguments: Any) -> Any:
+    def assembled(*arguments: Any, **named: Any) -> Any:
         if next(calls) == call:
             raise KeyboardInterrupt
-        return assemble(*arguments)
+        return assemble(*arguments, **named)
 
     return assembled

@@ -150,11 +150,11 @@ class _Interrupt:
 
         self._assemble, self._left = assemble, at
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         self._left -= 1
         if not self._left:
             raise KeyboardInterrupt
-        return self._assemble(*arguments)
+        return self._assemble(*arguments, **named)
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])

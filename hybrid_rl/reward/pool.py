@@ -1,0 +1,197 @@
+"""Rewards in killable processes on every node: a plugin can hang, crash or raise, and the run goes on.
+
+A prompt's completions are scored as soon as they are there, by whichever node has the least to do; no more calls are
+under way than there are processes, and what is said of a group never depends on the others or on the order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from hybrid_rl.config import RewardConfig, RewardSpec
+from hybrid_rl.plugins.processes import GIVE_UP_AFTER
+from hybrid_rl.reward.combine import Examples, Scored, combine
+from hybrid_rl.reward.host import RewardHost
+from hybrid_rl.types import Completion, Outcome, Prompt, WorkerDied, WorkerHandle
+
+logger = logging.getLogger(__name__)
+Verdicts = Mapping[str, tuple[Outcome, ...]]
+"""Reward -> what became of each completion of a group."""
+_MAX_RESTARTS = 3
+"""Times that reward processes of a node are started again, before their death ends the run."""
+_CHECK_SECONDS = 600.0
+
+
+class Nodes(Protocol):
+    """Where rewards can be computed; a `Cluster` is one."""
+
+    def nodes(self) -> list[str]:
+        """Names of the machines there are."""
+        ...
+
+    def start_on(self, node: str, worker: type, *args: Any, name: str, at_once: int) -> WorkerHandle:
+        """Construct `worker(*args)` on one of them; it takes `at_once` calls at a time and reserves nothing."""
+        ...
+
+
+class RewardPool:
+    """Scores completions with the plugins of all rewards."""
+
+    def __init__(
+        self, specs: Sequence[RewardSpec], settings: RewardConfig, nodes: Nodes, *, chat: bool = False
+    ) -> None:
+        """`chat`: completions and prompts are handed to the plugins as chat messages, as TRL does."""
+        self.specs = list(specs)
+        self._settings, self._chat, self._nodes = settings, chat, nodes
+        self._names = nodes.nodes()
+        self._hosts = {node: self._start(node) for node in self._names}
+        self._under_way = dict.fromkeys(self._hosts, 0)
+        self._restarts = 0
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(settings.workers * len(self._hosts), thread_name_prefix="reward")
+        self._examples = Examples()
+        self._without_answer = {spec.name: (0, "") for spec in specs}
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Import every plugin, on every node. Raises `ConfigError` if one is missing or wants a column that is not."""
+        pending = [host.submit("check", list(columns)) for host in self._hosts.values()]
+        for each in pending:
+            each.result(_CHECK_SECONDS)
+
+    def submit(self, prompt: Prompt, completions: Sequence[Completion], only: str | None = None) -> Future[Verdicts]:
+        """Begin to score the completions of a prompt: with all rewards, as their gates allow, or with `only` one."""
+        specs = [(k, spec) for k, spec in enumerate(self.specs) if only in (None, spec.name)]
+        return self._threads.submit(self._judge, specs, prompt, list(completions))
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[Sequence[Completion]],
+        *,
+        step: int = 1,
+        only: str | None = None,
+    ) -> Scored:
+        """Score all completions of some prompts. Raises `RuntimeError` as `combine` does."""
+        judged = [self.submit(prompt, group, only) for prompt, group in zip(prompts, groups, strict=True)]
+        return self.combine(prompts, groups, [each.result() for each in judged], step)
+
+    def combine(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Sequence[Sequence[Completion]],
+        verdicts: Sequence[Verdicts],
+        step: int,
+    ) -> Scored:
+        """What the completions earn at `step`. Raises `RuntimeError` as `reward.combine` does."""
+        return combine(prompts, groups, verdicts, self.specs, step)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for host in self._hosts.values():
+            try:
+                host.submit("close").result(10.0)
+            except Exception as error:  # it is gone, or is killed next
+                logger.debug("closing %s: %s", host.name, error)
+            host.kill()
+        self._threads.shutdown(wait=True)
+
+    def _start(self, node: str) -> WorkerHandle:
+        specs = [spec.model_copy(update={"plugin": _absolute(spec.plugin)}) for spec in self.specs]
+        workers = self._settings.workers
+        # One more than work: `check` and `close` need not wait.
+        return self._nodes.start_on(
+            node, RewardHost, specs, self._settings, [os.getcwd()], name=f"rewards on {node}", at_once=workers + 1
+        )
+
+    def _judge(
+        self, specs: Sequence[tuple[int, RewardSpec]], prompt: Prompt, completions: list[Completion]
+    ) -> Verdicts:
+        """All rewards of one group, in turn: a gate decides who is asked about next."""
+        why = ["its environment failed" if c.finish_reason == "environment" else "" for c in completions]
+        verdicts: dict[str, tuple[Outcome, ...]] = {}
+        for k, spec in specs:
+            row = [Outcome("not_applicable", None, reason or "not for this problem") for reason in why]
+            asked = [j for j, reason in enumerate(why) if not reason] if spec.asks_about(prompt.columns) else []
+            if asked:
+                for j, outcome in zip(asked, self._ask(k, prompt, [completions[j] for j in asked]), strict=True):
+                    row[j] = outcome
+                    if outcome.failed or (spec.gate is not None and outcome.kind == "score" and _below(outcome, spec)):
+                        why[j] = f"{spec.name} came before" if spec.gate is not None else why[j]
+                self._see(spec, prompt, [completions[j] for j in asked], [row[j] for j in asked])
+            verdicts[spec.name] = tuple(row)
+        return verdicts
+
+    def _ask(self, k: int, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
+        """What one reward says, from the node with the least to do. A node that dies is asked again, or another."""
+        group = self._group(self.specs[k], prompt, completions)
+        while True:
+            with self._lock:
+                node = min(self._hosts, key=lambda name: self._under_way[name])
+                host = self._hosts[node]
+                self._under_way[node] += 1
+            try:
+                return host.submit("score", k, group).result()
+            except WorkerDied as death:
+                self._replace(node, host, death)
+            finally:
+                with self._lock:
+                    self._under_way[node] -= 1
+
+    def _replace(self, node: str, dead: WorkerHandle, death: WorkerDied) -> None:
+        with self._lock:
+            if self._hosts.get(node) is not dead:  # another thread was faster
+                return
+            self._restarts += 1
+            if self._restarts > _MAX_RESTARTS * len(self._names):
+                raise RuntimeError(f"the reward processes died too often; the last time: {death}") from None
+            there = self._nodes.nodes()
+            logger.warning("%s: starting reward processes anew", death)
+            if node in there or len(self._hosts) == 1:
+                if node not in there:
+                    node = there[0]
+                    self._under_way.setdefault(node, 0)
+                    self._hosts.clear()
+                self._hosts[node] = self._start(node)
+            else:
+                del self._hosts[node]
+
+    def _see(
+        self, spec: RewardSpec, prompt: Prompt, completions: Sequence[Completion], outcomes: Sequence[Outcome]
+    ) -> None:
+        """Raises `RuntimeError` for a reward that answers no more."""
+        with self._lock:
+            self._examples.see(spec.name, completions, outcomes)
+            failed = all(outcome.failed for outcome in outcomes)
+            count = self._without_answer[spec.name][0] + 1 if failed else 0
+            self._without_answer[spec.name] = count, outcomes[-1].detail
+        if count >= GIVE_UP_AFTER:
+            raise RuntimeError(f"{spec.name} failed on {count} prompts in a row; the last time: {outcomes[-1].detail}")
+
+    def _group(self, spec: RewardSpec, prompt: Prompt, completions: Sequence[Completion]) -> dict[str, list[Any]]:
+        """Lists by the names that plugins know them by. TRL's own rewards read chat messages alone."""
+        size, chat = len(completions), self._chat or spec.plugin.startswith("trl.")
+        columns = {name: [value] * size for name, value in prompt.columns.items() if name != "prompt"}
+        asked = [{"role": "user", "content": prompt.columns.get("prompt", prompt.text)}] if chat else prompt.text
+        return {
+            **columns,
+            "prompts": [asked] * size,
+            "completions": [[{"role": "assistant", "content": c.text}] if chat else c.text for c in completions],
+            "completion_ids": [list(c.token_ids) for c in completions],
+            "finish_reason": [c.finish_reason for c in completions],
+        }
+
+
+def _below(outcome: Outcome, spec: RewardSpec) -> bool:
+    return outcome.score is not None and spec.gate is not None and outcome.score < spec.gate
+
+
+def _absolute(plugin: str) -> str:
+    """With the path of its file made absolute: workers may be started elsewhere."""
+    source, _, name = plugin.rpartition(":")
+    return f"{Path(source).resolve()}:{name}" if source.endswith(".py") else plugin
