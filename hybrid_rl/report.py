@@ -279,24 +279,34 @@ def draw_curve(run: RunDirectory, plan: AdaptationPlan, before: Mapping[str, flo
 def evaluation_table(
     scores: Mapping[str, float], ranks: Mapping[int, Mapping[str, float]], areas: Mapping[str, float], problems: int
 ) -> Table:
-    """Held-out scores of a policy, and of its `ranks`; `areas`: AURAC by form."""
+    """Held-out scores of a policy, of its `ranks`, and by data set; `areas`: AURAC by form."""
     table = Table("policy" if not ranks else "rank", "accuracy", title=f"Held out: {problems} problems")
+    rows = {"as trained" if ranks else "as it is": scores, **{str(k): found for k, found in ranks.items()}}
+    sets = dict.fromkeys(name.rpartition("/accuracy")[0] for name in scores if name.endswith("/accuracy"))
+    for each in sets:
+        rows[each] = {n.removeprefix(f"{each}/"): value for n, value in scores.items() if n.startswith(f"{each}/")}
     names = {"mean_at_k": "mean@k", "maj_at_k": "maj@k"}
     names |= {name: name.replace("_at_", "@") for name in scores if name.startswith("pass_at_") and name != "pass_at_1"}
     names |= {name: name for name in ("answered", "stopped", "truncated", "unscored")}
     names = {name: label for name, label in names.items() if name in scores}
     for label in names.values():
         table.add_column(label)
-    rows = {"as trained" if ranks else "as it is": scores, **{str(k): found for k, found in ranks.items()}}
     for label, found in rows.items():
         cells = [f"{found[name]:.0f}" if name == "unscored" else f"{found[name]:.3f}" for name in names]
-        table.add_row(label, f"{found['accuracy']:.3f}", *cells)
+        table.add_row(label, _with_interval(found, "accuracy"), *cells)
     if areas:
         table.caption = (
             f"AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings. A rank is its adapter alone; "
             "matryoshka.loss=sum trains their sum, and none of them alone"
         )
     return table
+
+
+def _with_interval(scores: Mapping[str, float], name: str) -> str:
+    between = (
+        f" [{scores[f'ci/{name}_low']:.3f}, {scores[f'ci/{name}_high']:.3f}]" if f"ci/{name}_low" in scores else ""
+    )
+    return f"{scores[name]:.3f}{between}"
 
 
 def draw_ranks(

@@ -107,26 +107,11 @@ class RunDirectory:
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
         """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version, and which
         spans of its tokens the environment gave."""
-        lines = []
-        for group, row in zip(groups, advantages, strict=True):
-            for i, completion in enumerate(group.completions):
-                record = {
-                    "prompt_id": group.prompt.id,
-                    "prompt": group.prompt.text,
-                    "completion": completion.text,
-                    "reward": group.rewards_G[i],
-                    "rewards": {name: row[i].score for name, row in group.outcomes.items()},
-                    "failures": {name: row[i].detail for name, row in group.outcomes.items() if row[i].failed},
-                    "extra": {k: v for row in group.outcomes.values() for k, v in row[i].extra.items()},
-                    "advantage": row[i],
-                    "tokens": len(completion.token_ids),
-                    "given": completion.given,
-                    "finish_reason": completion.finish_reason,
-                    "weight_version": completion.weight_version,
-                    "later_versions": completion.later_versions,
-                    "columns": group.prompt.columns,
-                }
-                lines.append(json.dumps(record, default=str))
+        lines = [
+            json.dumps(record(group, i) | {"advantage": row[i]}, default=str)
+            for group, row in zip(groups, advantages, strict=True)
+            for i in range(len(group.completions))
+        ]
         (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def write_skipped(self, step: int, batch: TrainBatch) -> Path:
@@ -135,6 +120,27 @@ class RunDirectory:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps([[dataclasses.asdict(s) for s in m] for m in batch.mini_batches]))
         return path
+
+
+def record(group: ScoredGroup, i: int) -> dict[str, Any]:
+    """A completion and what was said of it, as files have it."""
+    completion = group.completions[i]
+    outcomes = {name: row[i] for name, row in group.outcomes.items()}
+    return {
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
+        "completion": completion.text,
+        "reward": group.rewards_G[i],
+        "rewards": {name: outcome.score for name, outcome in outcomes.items()},
+        "failures": {name: outcome.detail for name, outcome in outcomes.items() if outcome.failed},
+        "extra": {name: dict(outcome.extra) for name, outcome in outcomes.items() if outcome.extra},
+        "tokens": len(completion.token_ids),
+        "given": completion.given,
+        "finish_reason": completion.finish_reason,
+        "weight_version": completion.weight_version,
+        "later_versions": completion.later_versions,
+        "columns": group.prompt.columns,
+    }
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

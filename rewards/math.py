@@ -1,58 +1,198 @@
-"""Mathematical equality with the `answer` column, by math-verify."""
+"""Mathematical equality with the `answer` column. What is taken for a completion's answer, and what equals what, is
+told in docs/rewards-math.md; `rewards.math_answers` reads answers, `rewards.math_equality` compares them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from rewards.common import independent, text_of
+from rewards.math_answers import Group, Named, Raw, Words, read
+from rewards.math_equality import PERCENT, equal, readable
 
-_INTEGER = re.compile(r"\s*[+-]?\d+\s*$", re.ASCII)
-_TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+EXTRACT = ("auto", "boxed", "marker", "answer_tag", "last_number")
+WHICH = ("last", "first")
+LIMIT = 20_000
+"""Characters of a completion that are searched: its last ones, or its first ones with `which: first`."""
+NEAR = 2_000
+"""Of those, where an answer that nothing marks is looked for."""
+
+_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?<![\w.\\{/^])(?:(?<![)\]}])[-+−])?(?:\\?[$€£])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
+    r"(?:/\d+)?(?: ?\\?%)?"
+)
+_SPAN = (
+    r"\$\$(?P<display>[^$]{1,400})\$\$|(?<![\\\d])\$(?=\S)(?P<inline>[^$\n]{1,400}?)(?<=\S)\$(?!\d)"
+    r"|\\\((?P<round>.{1,400}?)\\\)|\\\[(?P<square>.{1,400}?)\\\]"
+)
+_EXPRESSION = re.compile(
+    rf"{_SPAN}|(?P<fraction>-?\\[dt]?frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})|(?P<number>{_NUMBER.pattern})", re.DOTALL
+)
+_ANCHOR = re.compile(
+    r"\banswer\b\**\s*(?:is\b|[:=])(?:[\s:*=]|\b(?:therefore|thus|then|simply|just)\b)*(?P<answer>[^\n]{1,400})",
+    re.IGNORECASE,
+)
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}[^a-zA-Z{(]*\s[^a-zA-Z]*|\n\s*\S")
+"""Words in a row, or several lines: no bare answer."""
+_SENTENCE = re.compile(r"(?<=[\w)}$%])\.(?:\s|$)")
 
 
-def accuracy(completions: list[Any], answer: list[str], **columns: Any) -> list[float | None]:
+@independent
+def accuracy(
+    completions: list[Any],
+    answer: list[Any],
+    extract: str = "auto",
+    which: str = "last",
+    marker: str = "####",
+    percent: str = "either",
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """1.0 where the completion's answer equals `answer`, 0.0 where it does not or there is none.
 
-    The completion's answer is the last `\\boxed{...}`; without a box, the last expression that math-verify finds.
-    `None` (not applicable) where the gold answer itself cannot be read.
+    `extract`: where the answer stands. `boxed`: in `\\boxed{...}`; `marker`: after `marker`, to the end of its line;
+    `answer_tag`: in `<answer>...</answer>`; `last_number`: the last number (with `which: first`, the first); `auto`: in
+    a box; without one, after the marker; without one, after "answer is", else the last expression.
+    `which`: the `last` or the `first` of several.
+    `percent`: what `50%` equals: its `value`, 0.5; the `number` before the sign, 50; or `either`.
+
+    `None` (not applicable) where the gold answer itself cannot be read. The column `extracted` gets one text for equal
+    answers so far as is practical, '' where there is none. Raises `ValueError` for an unknown policy.
     """
-    return [_score(_text(completion), str(gold)) for completion, gold in zip(completions, answer, strict=True)]
+    _known("extract", extract, EXTRACT)
+    _known("which", which, WHICH)
+    _known("percent", percent, PERCENT)
+    if not marker.strip():
+        raise ValueError(f"marker={marker!r} of rewards.math:accuracy must not be blank")
+    texts = [extracted(text_of(completion), extract, which, marker) for completion in completions]
+    if log_extra is not None:
+        log_extra("extracted", ["" if text is None else spelling(text) for text in texts])
+    return [
+        _score(text, "" if gold is None else str(gold), marker, percent)
+        for text, gold in zip(texts, answer, strict=True)
+    ]
 
 
-def _score(completion: str, gold: str) -> float | None:
-    boxed = last_boxed(completion)
-    if boxed is not None and boxed.strip() == gold.strip():
-        return 1.0
-    if boxed is not None and _INTEGER.match(boxed) and _INTEGER.match(gold):
-        return float(int(boxed) == int(gold))  # spares the parser, which takes a thousand times longer
-    parsed_gold = _parse_gold(gold)
-    if not parsed_gold:
-        return None
-    found = parse(completion if boxed is None else f"\\boxed{{{boxed}}}", extraction_config=_TARGETS)
-    return float(verify(list(parsed_gold), found))
+def extracted(text: str, extract: str = "auto", which: str = "last", marker: str = "####") -> str | None:
+    """The text of a completion's answer, as it was written; `None` if it has none."""
+    text = text.partition("</think>")[2] or text
+    text = text[-LIMIT:] if which == "last" else text[:LIMIT]
+    pick = -1 if which == "last" else 0
+    if extract == "answer_tag":
+        tags = _TAG.findall(text)
+        return _phrase(tags[pick], pick) if tags else None
+    if extract == "last_number":
+        numbers = _NUMBER.findall(text)
+        return numbers[pick] if numbers else None
+    if extract in ("auto", "boxed"):
+        boxes = _boxes(text)
+        if boxes or extract == "boxed":
+            return boxes[pick] if boxes else None
+    marked = [_phrase(line, pick) for line in _marked(text, marker)]
+    if extract == "auto":
+        marked = [
+            phrase for phrase in marked if not isinstance(read(phrase), (Words, Raw))
+        ]  # `#### Step 2` is a heading
+    if marked or extract == "marker":
+        return (marked[pick] or None) if marked else None
+    return _expression(text, pick)
 
 
-@lru_cache(maxsize=4096)
-def _parse_gold(gold: str) -> tuple[Any, ...]:
-    return tuple(parse(f"\\boxed{{{gold}}}", extraction_config=_TARGETS))
+@lru_cache(maxsize=8192)
+def spelling(text: str) -> str:
+    """One text for equal answers, so far as is practical: answers of different texts may still be equal. The reverse
+    holds, but that the name of `x = 5` is left out and units are converted."""
+    answer = read(text)
+    return str(answer.value if isinstance(answer, Named) else answer)
 
 
 def last_boxed(text: str) -> str | None:
     """Content of the last complete `\\boxed{...}`, with its nested braces; `None` without one."""
-    start = text.rfind("\\boxed{")
-    while start != -1:
-        begin = start + len("\\boxed{")
-        depth = 1
-        for i in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[begin:i]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    boxes = _boxes(text)
+    return boxes[-1] if boxes else None
 
 
-def _text(completion: Any) -> str:
-    """A completion is text, or a list of chat messages whose last one counts."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+def _score(text: str | None, gold: str, marker: str, percent: str) -> float | None:
+    wanted = read(_gold_text(gold, marker))
+    if not readable(wanted):
+        return None
+    return float(text is not None and bool(text.strip()) and equal(wanted, read(text), percent))
+
+
+@lru_cache(maxsize=4096)
+def _gold_text(gold: str, marker: str) -> str:
+    """The answer of a whole solution, as data sets give it: its box, or what follows its last marker."""
+    boxed = last_boxed(gold)
+    return boxed if boxed is not None else gold.rpartition(marker)[2]
+
+
+def _boxes(text: str) -> list[str]:
+    """Contents of complete boxes in order of their beginnings. One pass, whatever is left open."""
+    if "\\boxed" not in text:
+        return []
+    found: dict[int, str] = {}
+    opened: list[int | None] = []
+    for match in _BRACE.finditer(text):
+        token = match[0]
+        if token == "{" or token.startswith("\\boxed"):
+            opened.append(None if token == "{" else match.end())
+        elif token == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                found[start] = text[start : match.start()]
+    return [found[start] for start in sorted(found)]
+
+
+def _marked(text: str, marker: str) -> list[str]:
+    """The rest of the line after each marker; of the next line, if there is no rest."""
+    return [part.lstrip().partition("\n")[0].strip() for part in text.split(marker)[1:]]
+
+
+def _phrase(line: str, pick: int) -> str:
+    """The answer in a line that should hold nothing else."""
+    boxes = _boxes(line)
+    if boxes:
+        return boxes[pick]
+    if anchor := _ANCHOR.search(line):
+        line = anchor["answer"]
+    return _SENTENCE.split(line, maxsplit=1)[0].strip()
+
+
+def _expression(text: str, pick: int) -> str | None:
+    """An answer that nothing marks: after "answer is", else the last (or first) formula or number."""
+    if "\\boxed" in text:
+        return None  # it was cut off in its box
+    text = text[-NEAR:] if pick == -1 else text[:NEAR]
+    if not _PROSE.search(text) and _stands_alone(text):
+        return text
+    for line in [match["answer"] for match in _ANCHOR.finditer(text)][:: pick or 1]:
+        phrase = _SENTENCE.split(line, maxsplit=1)[0]
+        if _stands_alone(phrase):
+            return phrase
+        if span := _EXPRESSION.search(line):
+            return _content(span)
+    spans = list(_EXPRESSION.finditer(text))
+    return _content(spans[pick]) if spans else None
+
+
+def _stands_alone(phrase: str) -> bool:
+    """Whether it is an answer and nothing else, so far as one can see: mathematics, or up to three words."""
+    answer = read(phrase)
+    if isinstance(answer, Words):
+        return 0 < len(answer.text.split()) < 4
+    if isinstance(answer, Group) and len({isinstance(item, Words) for item in answer.items}) == 2:
+        return answer.ordered  # `(0, ∞)`, but not `5, which is odd`
+    return not isinstance(answer, Raw)
+
+
+def _content(match: re.Match[str]) -> str:
+    return next(group for group in match.groupdict().values() if group is not None)
+
+
+def _known(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{setting}={value!r} of rewards.math:accuracy is unknown; choose from {', '.join(choices)}")

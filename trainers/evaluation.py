@@ -25,6 +25,8 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.report import Bar, draw_ranks, evaluation_table
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.stored_policy import check_ranks, find_policy
+from hybrid_rl.tracking import record
+from hybrid_rl.types import ScoredGroup
 from hybrid_rl.weight_sync import open_publisher, served_tensors
 from trainers.setup import Task, check_engine, check_input, open_workplace
 
@@ -34,7 +36,7 @@ class Evaluation:
     """What was found, and of what."""
 
     scores: Mapping[str, float]
-    """Of the policy as it is trained: `accuracy`, `mean_at_k`, `truncated`, `unscored`, as `evaluate` has them."""
+    """Of the policy as it is trained: `accuracy` and the rest, as `evaluate` has them."""
     ranks: Mapping[int, Mapping[str, float]]
     """The same with every Matryoshka layer at one rank alone, by that rank."""
     aurac: Mapping[str, float]
@@ -50,6 +52,8 @@ class Evaluation:
     """How answers were sampled and scored."""
     directory: Path | None = None
     """The run or export that the policy comes from."""
+    groups: Sequence[ScoredGroup] = ()
+    """Every answer of the policy as it is trained, with its scores: greedy ones, then samples."""
 
     def tree(self) -> dict[str, Any]:
         """As it is written to JSON."""
@@ -97,7 +101,7 @@ def evaluate_policy(
     ranks = _checked(ranks, plan)
     adapted = policy.load() if policy.load is not None else None
     found: dict[int | None, dict[str, float]] = {}
-    verified = 0
+    verified, groups = 0, []
     with Bar(console or Console(quiet=True)) as bar:
         bar.show("starting engines", 0, 1)
         with open_workplace(config, replace(task, plan=plan), learner=False) as workplace:
@@ -109,8 +113,9 @@ def evaluate_policy(
                     with adapted.at_rank(k):
                         update = publisher.publish(served_tensors(adapted), version, adapted.sent_rank)
                     verified += workplace.bring(update).verified
-                metrics = evaluate(workplace.answers, task.eval, config).metrics
-                found[k] = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+                evaluated = evaluate(workplace.answers, task.eval, config)
+                found[k] = {name.removeprefix("eval/"): value for name, value in evaluated.metrics.items()}
+                groups = groups or [*evaluated.greedy, *evaluated.sampled]
     by_rank = {k: found[k] for k in ranks}
     accuracies = [scores["accuracy"] for scores in by_rank.values()]
     return Evaluation(
@@ -122,6 +127,7 @@ def evaluate_policy(
         source={"model": config.model.path, **policy.source} | ({"plan_hash": plan.hash} if adapted else {}),
         answers=_answers(config),
         directory=policy.directory,
+        groups=groups,
     )
 
 
@@ -136,7 +142,7 @@ def eval_command(
     as_json: bool,
 ) -> None:
     """Evaluate and print a table; with `ranks`, write `eval_ranks.json` and its curve, to `out` or else beside the
-    policy; without, `eval.json`, to `out` alone."""
+    policy; without, `eval.json` to `out` alone. `out` also gets every answer, in `eval_answers.jsonl`."""
     numbers = _numbers(ranks) if ranks is not None else ()
     if out is not None and not out.is_dir():
         raise ConfigError(f"--out {out} is no directory; make it")
@@ -150,6 +156,10 @@ def eval_command(
         if numbers:
             draw_ranks(result.scores, result.ranks, result.aurac, written.with_suffix(".png"))
             console.print(f"curve    {written.with_suffix('.png')}")
+    if out is not None:
+        lines = [json.dumps(record(g, i), default=str) for g in result.groups for i in range(len(g.completions))]
+        write_atomically(out / "eval_answers.jsonl", "\n".join(lines) + "\n")
+        console.print(f"answers  {out / 'eval_answers.jsonl'}")
     if as_json:
         print(json.dumps(result.tree()))
 

@@ -58,7 +58,7 @@ class _Episode:
 class Episodes:
     """Completions of prompts, many at a time.
 
-    It works only while `poll` or `generate` runs, but for the environment, which answers in the background. Nobody else
+    It works only while `poll` runs, but for the environment, which answers in the background. Nobody else
     may use the pool's `submit` and `take_finished`.
     """
 
@@ -125,16 +125,6 @@ class Episodes:
     def unfinished(self, tag: str = "") -> int:
         """Prompts submitted under `tag` of which a completion has not ended."""
         return sum(None in g.ended for g in self._groups.get(tag, []))
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Completion]]:
-        """`sampling.n` completions of each prompt, in order. What else was submitted goes on meanwhile, and stays."""
-        tag = f"generate-{next(self._numbers)}"
-        self.submit(prompts, sampling, tag, first=True)  # the caller waits
-        while self.unfinished(tag):
-            self.poll(1.0)
-        taken = self.take_next(len(prompts), tag)
-        self.forget(tag)
-        return [list(completions) for _, completions in taken]
 
     def _receive(self, asked: _Group | _Episode, completions: tuple[Completion, ...]) -> None:
         """Take a turn's end: of all completions of a group, or of one that went on."""

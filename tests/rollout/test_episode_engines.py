@@ -18,6 +18,7 @@ from hybrid_rl.config import Config, RewardConfig
 from hybrid_rl.rollout import EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.types import Completion, Prompt, Sampling
+from tests.rollout.answering import generate
 
 # Of random tokens, one in four ends a turn.
 SAMPLING = Sampling(n=3, temperature=0.7, top_p=1.0, max_tokens=48, stop=tuple(string.ascii_letters), seed=5)
@@ -72,7 +73,7 @@ def test_turns_go_on_from_the_very_tokens(pool: RolloutPool, environment: Enviro
         torch.testing.assert_close(torch.tensor(completion.logprobs), every, atol=1e-4, rtol=0)
 
     episodes = Episodes(pool, environment=environment, tokenizer=tokenizer, max_turns=8)
-    groups = episodes.generate(PROMPTS, SAMPLING)
+    groups = generate(episodes, PROMPTS, SAMPLING)
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
             check(prompt, completion)
@@ -81,7 +82,7 @@ def test_turns_go_on_from_the_very_tokens(pool: RolloutPool, environment: Enviro
     assert {c.finish_reason for c in found if len(c.given) == 2} <= {"stop", "length"}
 
     episodes.submit(PROMPTS[::-1], SAMPLING, "beside")
-    assert sampled(episodes.generate(PROMPTS, SAMPLING)) == sampled(groups), "seeds decide, whatever else is under way"
+    assert sampled(generate(episodes, PROMPTS, SAMPLING)) == sampled(groups), "seeds decide, whatever else is under way"
     while episodes.unfinished("beside"):
         episodes.poll(1.0)
     beside = [group for _, group in episodes.take_next(len(PROMPTS), "beside")]

@@ -16,6 +16,7 @@ from hybrid_rl.rollout import Episodes
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.rollout.pool import prompt_seed
 from hybrid_rl.types import Completion, Prompt, Request, Sampling
+from tests.rollout.answering import generate
 
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=12, stop=(), seed=5)
 EOS = 0
@@ -143,7 +144,7 @@ def test_without_an_environment_it_gives_what_the_pool_gives():
         return made[-1]
 
     pool = FakePool(policy)
-    groups = Episodes(pool).generate(prompts("p", "q", "r"), SAMPLING)  # type: ignore[arg-type]
+    groups = generate(Episodes(pool), prompts("p", "q", "r"), SAMPLING)  # type: ignore[arg-type]
     assert [id(c) for g in reversed(groups) for c in g] == [id(c) for c in made], "the very objects"
     assert [r.seed for r in pool.asked] == [prompt_seed(5, f"0/{i}") for i in range(3)]
     assert {r.sampling for r in pool.asked} == {SAMPLING}
@@ -156,7 +157,7 @@ def test_turns_and_answers_follow_each_other(episodes: Any):
         return "b" if "3" in text_of(request.prompt_ids) or index else "a"
 
     pool = FakePool(policy)
-    ((first, second),) = episodes("words", pool).generate(prompts("p"), replace(SAMPLING, max_tokens=15))
+    ((first, second),) = generate(episodes("words", pool), prompts("p"), replace(SAMPLING, max_tokens=15))
     assert text_of(first.token_ids) == "a.[421]a.[423]b"
     assert first.text == "a[421]a[423]b"
     assert (first.given, first.finish_reason) == (((2, 7), (9, 14)), "length")
@@ -166,7 +167,7 @@ def test_turns_and_answers_follow_each_other(episodes: Any):
 
 def test_continuations_are_seeded_and_limited(episodes: Any):
     pool = FakePool(lambda request, index: "a")
-    groups = episodes("echo", pool, max_turns=3).generate(prompts("p", "q"), replace(SAMPLING, max_tokens=30))
+    groups = generate(episodes("echo", pool, max_turns=3), prompts("p", "q"), replace(SAMPLING, max_tokens=30))
     assert {c.text for g in groups for c in g} == {"a<a>a<a>a"}
     assert {c.finish_reason for g in groups for c in g} == {"length"}, "the environment would have gone on"
     first, further = pool.asked[:2], pool.asked[2:]
@@ -179,7 +180,7 @@ def test_continuations_are_seeded_and_limited(episodes: Any):
 
 @pytest.mark.parametrize("function", ["long", "empty"])
 def test_an_answer_that_leaves_no_room_or_is_none_ends_the_episode(episodes: Any, function: str):
-    ((first, _),) = episodes(function, FakePool()).generate(prompts("p"), SAMPLING)
+    ((first, _),) = generate(episodes(function, FakePool()), prompts("p"), SAMPLING)
     assert (first.text, first.given) == ("engine", ())
     assert first.finish_reason == ("length" if function == "long" else "stop")
 
@@ -187,7 +188,7 @@ def test_an_answer_that_leaves_no_room_or_is_none_ends_the_episode(episodes: Any
 @pytest.mark.parametrize("limit", [5, 6])
 def test_an_answer_is_appended_if_one_more_token_fits(episodes: Any, limit: int):
     pool = FakePool(lambda request, index: "a")
-    ((first, _),) = episodes("echo", pool).generate(prompts("p"), replace(SAMPLING, max_tokens=limit))
+    ((first, _),) = generate(episodes("echo", pool), prompts("p"), replace(SAMPLING, max_tokens=limit))
     assert text_of(first.token_ids) == ("a." if limit == 5 else "a.<a>a")
     assert len(pool.asked) == (1 if limit == 5 else 3)
     assert first.finish_reason == "length"
@@ -197,12 +198,12 @@ def test_an_answer_is_appended_if_one_more_token_fits(episodes: Any, limit: int)
 def test_only_a_turn_that_ended_by_itself_is_answered(episodes: Any, reason: str):
     cut = Completion("a", (97,), (-1.0,), reason, 0)
     made = episodes("echo", FakePool(lambda request, index: cut))
-    assert made.generate(prompts("p"), SAMPLING) == [[cut, cut]]
+    assert generate(made, prompts("p"), SAMPLING) == [[cut, cut]]
 
 
 def test_a_continuation_without_tokens_takes_the_answer_with_it(episodes: Any):
     pool = FakePool(lambda request, index: Completion("", (), (), "time", 3) if request.sampling.n == 1 else "a")
-    ((first, _),) = episodes("echo", pool).generate(prompts("p"), SAMPLING)
+    ((first, _),) = generate(episodes("echo", pool), prompts("p"), SAMPLING)
     assert (text_of(first.token_ids), first.given, first.finish_reason) == ("a.", (), "time")
 
 
@@ -213,10 +214,10 @@ def test_versions_are_those_of_the_tokens(episodes: Any):
         Completion("", (99, 100), (-1.0, -1.0), "stop", 6, ((1, 8),)),
     ]
     pool = FakePool(lambda request, index: turns[len(pool.asked) - 1])
-    ((only,),) = episodes("asynchronous", pool).generate(prompts("p"), replace(SAMPLING, n=1))
+    ((only,),) = generate(episodes("asynchronous", pool), prompts("p"), replace(SAMPLING, n=1))
     assert (only.weight_version, only.later_versions) == (4, ((1, 5),))
     pool.asked.clear()
-    ((only,),) = episodes("echo", pool, max_turns=3).generate(prompts("p"), replace(SAMPLING, n=1, max_tokens=99))
+    ((only,),) = generate(episodes("echo", pool, max_turns=3), prompts("p"), replace(SAMPLING, n=1, max_tokens=99))
     assert text_of(only.token_ids) == "ab<ab>c<c>cd"
     assert (only.weight_version, only.later_versions) == (4, ((1, 5), (10, 6), (11, 8)))
 
@@ -230,11 +231,11 @@ def test_stop_strings_and_spaces_are_in_what_the_environment_sees(episodes: Any)
 
     made = episodes("echo", FakePool(lambda request, index: " a!"), max_turns=2)
     made._tokenizer = Spaced()
-    ((first, _),) = made.generate(prompts("p"), replace(SAMPLING, max_tokens=30))
+    ((first, _),) = generate(made, prompts("p"), replace(SAMPLING, max_tokens=30))
     assert first.text == "a!<a!> a!"
     made = episodes("echo", FakePool(lambda request, index: " a!"), max_turns=3)
     made._tokenizer = Spaced()
-    ((first, _),) = made.generate(prompts("p"), replace(SAMPLING, max_tokens=30))
+    ((first, _),) = generate(made, prompts("p"), replace(SAMPLING, max_tokens=30))
     assert first.text == "a!<a!> a!< a!> a!"
 
 
@@ -244,7 +245,7 @@ def test_stop_strings_and_spaces_are_in_what_the_environment_sees(episodes: Any)
 )
 def test_an_environment_that_fails_costs_only_the_completion_and_is_counted(episodes: Any, function: str, fault: str):
     made = episodes(function, FakePool(), timeout=1.0)
-    groups = made.generate(prompts("p", "q"), SAMPLING)
+    groups = generate(made, prompts("p", "q"), SAMPLING)
     assert [[c.finish_reason for c in g] for g in groups] == [["stop", "environment"]] * 2
     assert [[text_of(c.token_ids) for c in g] for g in groups] == [["a.", "b."]] * 2
     assert {name: n for name, n in made.faults.items() if n} == {f"environment_{fault}": 2}
@@ -253,7 +254,7 @@ def test_an_environment_that_fails_costs_only_the_completion_and_is_counted(epis
 def test_an_environment_that_never_answers_ends_the_run(episodes: Any):
     made = episodes("raises", FakePool(lambda request, index: "b"))
     with pytest.raises(RuntimeError, match=r"rollout\.environment=.*raises never answered; .*KeyError"):
-        made.generate(prompts(*"pqrstu"), SAMPLING)
+        generate(made, prompts(*"pqrstu"), SAMPLING)
 
 
 def test_engines_go_on_while_the_environment_thinks(episodes: Any):
@@ -281,7 +282,7 @@ def test_generate_leaves_alone_what_else_is_under_way():
     made.poll(0.0)
     assert made.unfinished("train") == 2
     assert made.take_next(1, "train") == [], "the last is done, the first is not"
-    ((completion, _),) = made.generate(prompts("p"), SAMPLING)
+    ((completion, _),) = generate(made, prompts("p"), SAMPLING)
     assert text_of(completion.token_ids) == "a."
     assert made.unfinished("train") == 2
     made.submit(prompts("s"), SAMPLING, "train")

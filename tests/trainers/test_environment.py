@@ -58,7 +58,7 @@ def test_a_run_trains_on_the_policys_tokens_alone(tiny_model: Path, tmp_path: Pa
         records: list[dict[str, Any]] = [json.loads(line) for line in lines]
         assert len(records) == 16
         assert sum(end - start for r in records for start, end in r["given"]) == row["tokens/given"]
-        assert any(f"={r['answer']};" in r["completion"] for r in records if r["given"])
+        assert any(f"={r['columns']['answer']};" in r["completion"] for r in records if r["given"])
 
 
 def test_an_environment_that_is_not_there_is_refused_before_any_worker_starts(tiny_model: Path, tmp_path: Path):

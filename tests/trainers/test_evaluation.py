@@ -260,3 +260,27 @@ def test_matryoshka_under_zero_3_on_vllm(tiny_model: Path, tmp_path: Path, capsy
     assert {name: result[name] for name in after} == pytest.approx(after, abs=1e-9)
     assert result["verified_engines"] == 4
     assert len(result["ranks"]) == 3
+
+
+def test_several_data_sets_and_every_answer_are_written(
+    run: RunDirectory, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    sets = "data.eval={easy: arithmetic@eval, hard: arithmetic@train}"
+    arguments = ["eval", str(run.config), "--out", str(tmp_path), "--json", sets, "data.eval_size=3"]
+    assert main([*arguments, "eval.right_from=0.1", 'sampling.stop=["7"]']) == 0
+    *printed, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert json.loads((tmp_path / "eval.json").read_text()) == result
+    assert result["problems"] == 6
+    assert result["accuracy"] == pytest.approx((result["easy/accuracy"] + result["hard/accuracy"]) / 2)
+    assert all(any(name in line for line in printed) for name in ("easy", "hard", "stopped", "pass@2"))
+    answers = [json.loads(line) for line in (tmp_path / "eval_answers.jsonl").read_text().splitlines()]
+    greedy, sampled = answers[:6], answers[6:]
+    assert [a["prompt_id"] for a in greedy] == [f"{name}/{i}" for name in ("easy", "hard") for i in range(3)]
+    assert len(sampled) == 2 * 6
+    scores = [a["reward"] for a in greedy]
+    assert result["accuracy"] == pytest.approx(sum(scores) / 6)
+    assert result["stopped"] == pytest.approx(sum(a["finish_reason"] == "stop" for a in greedy) / 6)
+    assert result["answers"]["greedy"]["stop"] == ["7"]
+    assert result["answers"]["right_from"] == 0.1
+    assert result["answers"]["data"] == {"easy": "arithmetic@eval", "hard": "arithmetic@train"}

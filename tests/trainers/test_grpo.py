@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybrid_rl.answers import Answered, Answers
 from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.rollout import Episodes
 from hybrid_rl.tracking import read_metrics
-from hybrid_rl.types import Completion
 from trainers import setup
 from trainers.grpo import train
 
@@ -60,22 +59,22 @@ def test_a_run_survives_kill_9_of_its_engine_and_stays_in_step_with_it(
 ):
     """Two learner ranks, one vLLM engine, everything through Ray; the engine is killed while it generates."""
     killed: list[int] = []
-    generate = Episodes.generate
+    generate = Answers.generate
 
-    def kill_while_generating(episodes: Episodes, prompts: Any, sampling: Any) -> list[list[Completion]]:
-        pool = episodes._pool
+    def kill_while_generating(answers: Answers, prompts: Any, sampling: Any, **named: Any) -> list[Answered]:
+        pool = answers._episodes._pool
         if prompts[0].id.startswith("0/") and sampling.n > 1 and pool._log and not killed:
             pid = pool._slots[0].engine.submit("info").result()["pid"]
             killed.append(pid)
             assert pid != os.getpid()
             timer = threading.Timer(0.02, os.kill, (pid, signal.SIGKILL))
             timer.start()
-            groups = generate(episodes, prompts, sampling)
+            groups = generate(answers, prompts, sampling, **named)
             timer.join()
             return groups
-        return generate(episodes, prompts, sampling)
+        return generate(answers, prompts, sampling, **named)
 
-    monkeypatch.setattr(Episodes, "generate", kill_while_generating)
+    monkeypatch.setattr(Answers, "generate", kill_while_generating)
     learnable |= {"steps": 3, "batch": {"prompts": 8, "num_generations": 4}}
     run = train(parse_config(learnable), name="tiny")
 
