@@ -100,11 +100,21 @@ def test_a_dry_run_prints_the_resolved_settings(tiny_tree: dict, write_config: C
     assert not Path(tiny_tree["run"]["dir"]).exists()
 
 
-def test_help_is_quick_and_imports_no_torch():
+@pytest.mark.parametrize(("words", "part"), [(["--help"], "warm-start"), (["reward", "--help"], "replay")])
+def test_help_is_quick_and_imports_nothing_large(words: list[str], part: str):
     started = time.perf_counter()
     code = "import sys; from hybrid_rl.cli import main\n"
-    code += "try: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code += f"try: main({words})\nexcept SystemExit: print({{'torch', 'pydantic', 'rich'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n")
-    assert "warm-start" in done.stdout
+    assert done.stdout.endswith("set()\n")
+    assert part in done.stdout
     assert time.perf_counter() - started < 30  # a hang, not a benchmark
+
+
+@pytest.mark.parametrize(
+    "words", [["reward"], ["reward", "test"], ["reward", "replay", "run"], ["reward", "new", "a", "b=1"]]
+)
+def test_half_a_command_is_refused(words: list[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2

@@ -3,6 +3,11 @@
 The nursery has one thread and runs no plugin's function, so forking it is safe and takes milliseconds: a worker that
 had to be killed is replaced at once, with everything imported. A worker answers in JSON, which the caller can read
 without trusting it.
+
+After each call a worker undoes what would reach the next: signal handlers and timers, the working directory,
+environment variables, and child processes, however they detached themselves; what a *lasting* call, one that makes a
+plugin ready, did to the latter three stays. So does what any call changes in Python's own memory, threads included; a
+worker with many threads is replaced.
 """
 
 from __future__ import annotations
@@ -13,24 +18,25 @@ import importlib
 import json
 import os
 import pickle
+import resource
 import select
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from hybrid_rl.plugins.tree import become_subreaper, children, die_with_parent, kill_descendants, kill_tree
 
 Function = Callable[..., Iterator[Any]]
 """What a worker runs: its results, one after another, each of which restarts the time limit."""
-LONGEST_MESSAGE = 1 << 26
-"""Bytes of one answer."""
+MUTE = 74
+"""Status of a worker that could not answer, as it had lost what it answers through."""
 _LONGEST_REASON = 2000
-_MOST_THREADS = 8
-"""That a call may leave behind; a worker with more is replaced."""
+_MOST_THREADS = 40
+"""That calls may leave behind in a worker; an executor of asyncio's has 32."""
 _at_end: list[Callable[[], Any]] = []
 
 
@@ -46,26 +52,31 @@ def nursery(descriptor: int) -> None:
     become_subreaper()
     wake_up, woken = os.pipe()
     os.set_blocking(woken, False)
-    workers: dict[int, None] = {}
+    workers: set[int] = set()
+    with open(os.devnull, "w") as nowhere:  # what imports print; errors on the way here were shown
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     _tell(caller, {"ready": True})
     while True:
-        # Imports may have set their own.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        _reset_signals()  # imports may have set their own
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # ends that came before this are seen below
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        for pid, status in _ended():
+            if pid in workers:
+                workers.discard(pid)
+                _tell(caller, {"ended": pid, "status": status})
+        for orphan in set(children(os.getpid())) - workers:
+            kill_tree(orphan)
         ready, _, _ = select.select([caller, wake_up], [], [])
         if wake_up in ready:
             os.read(wake_up, 4096)
-            for pid, status in _ended():
-                if pid in workers:
-                    del workers[pid]
-                    _tell(caller, {"ended": pid, "status": status})
-            for orphan in set(children(os.getpid())) - workers.keys():
-                kill_tree(orphan)
         if caller not in ready:
             continue
-        message, descriptors, _, _ = socket.recv_fds(caller, 1 << 16, 2)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(caller, 1 << 16, 2)
+        except ConnectionError:  # it left without reading all it was told
+            message, descriptors = b"", []
         if not message:  # the caller is gone
             kill_descendants(os.getpid())
             os._exit(0)
@@ -80,19 +91,19 @@ def nursery(descriptor: int) -> None:
             os.close(wake_up)
             os.close(woken)
             _work(here, *descriptors)
-        workers[pid] = None
+        workers.add(pid)
         for each in descriptors:
             os.close(each)
         _tell(caller, {"forked": pid})
 
 
 def _load(module: str, function: str, *arguments: Any) -> str | None:
-    """Why it failed, if it did."""
+    """Why forking after it would not do, if so."""
     try:
         getattr(importlib.import_module(module), function)(*arguments)
     except BaseException as error:
         return reason(error)
-    return None
+    return "it starts threads" if threading.active_count() > 1 else None
 
 
 def _ended() -> Iterator[tuple[int, int]]:
@@ -109,44 +120,95 @@ def _tell(caller: socket.socket, message: Any) -> None:
 
 def _work(parent: int, descriptor: int, output: int) -> None:
     """Be a worker."""
+    status = MUTE
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
         die_with_parent(parent)
         become_subreaper()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(OSError):  # where memory runs out, it is this one's turn and not the trainer's
+            Path("/proc/self/oom_score_adj").write_text("1000")
         for stream in (1, 2):
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.close(output)
+        os.set_inheritable(descriptor, False)
+        faulthandler.enable(2)
+        _serve(cast(BinaryIO, socket.socket(fileno=descriptor).makefile("rwb")))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _serve(caller: BinaryIO) -> None:
+    """Answer calls until there are no more. Raises `OSError` if the caller cannot be reached."""
+    own = set(threading.enumerate())
+    while True:
+        _reset_signals()
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = (os.fdopen(i, "w", buffering=1, errors="replace", closefd=False) for i in (1, 2))
-        faulthandler.enable(sys.stderr)
-        connection = Connection(descriptor)
-        own = set(threading.enumerate())
-        while True:
-            _reset_signals()
-            function, arguments = pickle.loads(connection.recv_bytes())
-            before = set(children(os.getpid()))
+        try:
+            function, arguments, lasting = pickle.load(caller)
+        except EOFError:
+            break
+        _say(caller, {"begun": True})
+        before = _Surroundings()
+        end, said = None, 0
+        try:
             try:
                 for value in function(*arguments):
-                    connection.send_bytes(json.dumps({"value": value}).encode())
-                end: dict[str, Any] = {"end": None}
-            except EOFError:
-                end = {"end": "EOFError"}
-            except BaseException as error:
-                end = {"end": reason(error)}
-            for left in set(children(os.getpid())) - before:
-                kill_tree(left)
-            end["worn"] = len([t for t in threading.enumerate() if t not in own]) > _MOST_THREADS
-            connection.send_bytes(json.dumps(end).encode())
-    except EOFError:  # no more calls
-        for function in _at_end:
-            with contextlib.suppress(Exception):
-                function()
-    finally:
+                    _say(caller, {"value": value, "number": said})
+                    said += 1
+            finally:
+                _reset_signals()
+        except BaseException as error:
+            end = reason(error)
+        if not lasting:
+            before.restore()
+        worn = sum(thread not in own for thread in threading.enumerate()) > _MOST_THREADS
+        _say(caller, {"end": end, "worn": worn, "number": said})
+    for function in _at_end:
         with contextlib.suppress(Exception):
-            sys.stderr.flush()
-        os._exit(0)
+            function()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+
+
+def _say(caller: BinaryIO, message: Any) -> None:
+    caller.write(json.dumps(message).encode() + b"\n")
+    caller.flush()
+
+
+class _Surroundings:
+    """What of a process a call may change for the next one."""
+
+    def __init__(self) -> None:
+        self._children = set(children(os.getpid(), zombies=True))
+        self._environment = dict(os.environ)
+        self._directory = "/"
+        with contextlib.suppress(OSError):  # it was removed
+            self._directory = os.getcwd()
+
+    def restore(self) -> None:
+        if os.environ != self._environment:
+            os.environ.clear()
+            os.environ.update(self._environment)
+        with contextlib.suppress(OSError):
+            os.chdir(self._directory)
+        _end_children(self._children)
+
+
+def _end_children(kept: Collection[int], passes: int = 8) -> None:
+    """Kill all other children, and what these leave behind."""
+    for _ in range(passes):
+        left = set(children(os.getpid(), zombies=True)).difference(kept)
+        if not left:
+            return
+        for pid in left:
+            kill_tree(pid)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _reset_signals() -> None:
@@ -160,6 +222,12 @@ def _reset_signals() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The exception in a line."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """The exception in a line, of what any file can hold."""
+    name = type(error).__name__
+    try:
+        said = str(error)
+    except BaseException:
+        said = "(its message cannot be read)"
+    said = " ".join(said[: 2 * _LONGEST_REASON].split()).encode(errors="replace").decode()
+    text = f"{name}: {said}" if said else name
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " ..."

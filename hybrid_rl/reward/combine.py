@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_rl.config import RewardSpec
@@ -29,11 +29,13 @@ def combine(
     outcomes: Sequence[Mapping[str, Sequence[Outcome]]],
     specs: Sequence[RewardSpec],
     step: int,
+    proven: Collection[str] = (),
 ) -> Scored:
     """Sum the rewards by their weights at `step`. A completion on which a reward failed earns nothing, is not trained
     on, or stops the run, as `on_failure` of that reward says.
 
-    Raises `RuntimeError` where it says `stop`, and if a reward failed on every completion it was asked about.
+    Raises `RuntimeError` where it says `stop`, and if a reward failed on every completion; but not if it is `proven`,
+    having answered on others.
     """
     asked = [spec for spec in specs if all(spec.name in row for row in outcomes)]
     faults: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
@@ -43,7 +45,7 @@ def combine(
         faults.update(outcome.kind for outcome in failed)
         if failed and spec.on_failure == "stop":
             raise RuntimeError(f"rewards: {failed[0].detail} (on_failure of {spec.name} is stop)")
-        if failed and not any(outcome.kind == "score" for outcome in found):
+        if failed and len(failed) == len(found) and spec.name not in proven:
             raise RuntimeError(f"{spec.name} failed on every completion; the last time: {failed[-1].detail}")
     groups = [
         ScoredGroup(

@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
-from hybrid_rl.plugins import Failure, PluginProcesses
+from hybrid_rl.plugins import Failure, PluginProcesses, late
 from hybrid_rl.reward import plugin
 from hybrid_rl.types import Outcome
 
+_TOO_FEW = Failure("crash", "gave fewer answers than it was asked for")
+_EARLY_SECONDS = 0.5
+"""Before the limit, that an asynchronous plugin's calls are given up one by one: what the others gave can still be
+told. At most a tenth of the limit."""
 _TRIES = 4
 """Completions that are scored by themselves after a group failed, before a plugin that has never answered is taken not
 to answer for the rest of the group either."""
@@ -31,83 +35,88 @@ class RewardHost:
             modules=[plugin.__name__],
             paths=paths,
         )
-        self._piecewise: dict[int, bool] = {}
+        self._ways: dict[int, Mapping[str, Any]] = {}
         self._answered: set[int] = set()
         self._lock = threading.Lock()
 
     def check(self, columns: Sequence[str], ahead: bool = True) -> None:
         """Import every plugin; with `ahead`, also for all workers to come. Raises `ConfigError` if one cannot be, takes
         no such arguments, or wants a column that is not there."""
-        for k, spec in enumerate(self._specs):
-            try:
-                found = self._check(k, columns)
-            except ValueError as error:
-                raise ConfigError(f"rewards: plugin {spec.plugin!r} cannot be loaded: {error}") from None
-            if found["missing"]:
-                raise ConfigError(
-                    f"rewards: plugin {spec.plugin!r} needs the column {found['missing'][0]!r}; the data has "
-                    f"{sorted(columns)}. Map one to it with data.columns, or give it under arguments"
-                )
-            if not ahead:
-                continue
-            first = (plugin.check, spec.plugin, self._arguments[k], ())
-            self._processes.preload(spec.plugin, plugin.ENTRY_POINTS, first)
+        with self._lock:
+            for k, spec in enumerate(self._specs):
+                try:
+                    found = self._check(k, columns)
+                except ValueError as error:
+                    raise ConfigError(f"rewards: plugin {spec.plugin!r} cannot be loaded: {error}") from None
+                if found["missing"]:
+                    raise ConfigError(
+                        f"rewards: plugin {spec.plugin!r} needs the column {found['missing'][0]!r}; the data has "
+                        f"{sorted(columns)}. Map one to it with data.columns, or give it under arguments"
+                    )
+                if ahead:
+                    self._make_ready(k, found)
 
     def score(self, k: int, group: Mapping[str, Sequence[Any]]) -> list[Outcome]:
         """Outcomes of the completions of one prompt with the k-th reward; `group` as `plugin.score` has it.
 
         What fails on a group as a whole is called again for each completion by itself, so that one bad completion costs
-        only itself.
+        only itself; unless the plugin says that it needs them all.
         """
         size = len(group["completions"])
         try:
-            piecewise = self._piecewise.get(k)
-            if piecewise is None:
-                piecewise = self._check(k, ())["piecewise"]
+            with self._lock:  # processes that were started again have not imported it
+                way = self._ways.get(k) or self._make_ready(k, self._check(k, ()))
         except ValueError as error:
             return [self._failed(k, Failure("error", f"cannot be loaded: {error}"))] * size
         outcomes: list[Outcome] = []
-        failed_alone = 0
-        while len(outcomes) < size:
-            alone = bool(outcomes) and not piecewise
-            rest = {
-                name: values[len(outcomes) : len(outcomes) + 1 if alone else None] for name, values in group.items()
-            }
-            left = len(rest["completions"])
-            answer = self._processes.run(plugin.score, self._specs[k].plugin, self._arguments[k], rest, self._timeout)
-            outcomes += [self._outcome(k, value) for value in answer.values[:left]]
-            if not all(o.failed for o in outcomes):
+        alone, failed = False, 0
+        early = self._timeout - min(_EARLY_SECONDS, self._timeout / 10)
+        while (done := len(outcomes)) < size:
+            end = done + 1 if alone else size
+            part = {name: values[done:end] for name, values in group.items()}
+            answer = self._processes.run(plugin.score, self._specs[k].plugin, self._arguments[k], part, early)
+            outcomes += [self._outcome(k, value) for value in answer.values[: end - done]]
+            if not all(outcome.failed for outcome in outcomes):
                 self._answered.add(k)
-            if answer.failure is None:
-                continue
-            if piecewise or left == 1:
-                outcomes.append(self._failed(k, answer.failure))
-                failed_alone += 1
+            if len(outcomes) == end or (answer.doubtful and answer.values):
+                continue  # a process that answered for others before it ended may have ended because of them
+            failure = self._failed(k, answer.failure or _TOO_FEW)
+            if way["whole"]:
+                outcomes += [failure] * (size - len(outcomes))
+            elif way["piecewise"] or end - done == 1:
+                outcomes.append(failure)
+                failed += 1
+                if failed >= _TRIES and k not in self._answered:
+                    outcomes += [failure] * (size - len(outcomes))
             else:
-                outcomes += self.score(k, {name: values[:1] for name, values in rest.items()})
-                failed_alone += outcomes[-1].failed
-            if failed_alone >= _TRIES and k not in self._answered:
-                outcomes += [outcomes[-1]] * (size - len(outcomes))
+                alone = True
         return outcomes
 
     def close(self) -> None:
         self._processes.close()
 
     def _check(self, k: int, columns: Sequence[str]) -> Mapping[str, Any]:
-        found = self._processes.check(plugin.check, self._specs[k].plugin, self._arguments[k], list(columns))
-        with self._lock:
-            self._piecewise[k] = found["piecewise"]
+        return self._processes.check(plugin.check, self._specs[k].plugin, self._arguments[k], list(columns))
+
+    def _make_ready(self, k: int, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        first = (plugin.check, self._specs[k].plugin, self._arguments[k], ())
+        self._processes.preload(self._specs[k].plugin, plugin.ENTRY_POINTS, first)
+        self._ways[k] = found
         return found
 
-    def _outcome(self, k: int, value: Mapping[str, Any]) -> Outcome:
-        extra, metrics = value["extra"], value["metrics"]
-        if "error" in value:
-            return Outcome("error", None, f"{self._specs[k].name} raised {value['error']}", extra, metrics)
-        if "timeout" in value:
-            late = f"{self._specs[k].name} took more than reward.timeout={self._timeout:g} s"
-            return Outcome("timeout", None, late, extra, metrics)
-        score = value["score"]
-        return Outcome("not_applicable" if score is None else "score", score, "", extra, metrics)
+    def _outcome(self, k: int, value: Any) -> Outcome:
+        """Anything can have written what a process says."""
+        try:
+            extra, metrics = dict(value["extra"]), {name: float(each) for name, each in value["metrics"].items()}
+            if "error" in value:
+                return Outcome("error", None, f"{self._specs[k].name} raised {value['error']}", extra, metrics)
+            if "timeout" in value:
+                return Outcome("timeout", None, f"{self._specs[k].name} {late(self._timeout)}", extra, metrics)
+            if value["score"] is None:
+                return Outcome("not_applicable", None, "", extra, metrics)
+            return Outcome("score", float(value["score"]), "", extra, metrics)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            return self._failed(k, Failure("crash", "gave no answer that can be read"))
 
     def _failed(self, k: int, failure: Failure) -> Outcome:
         said = f"raised {failure.detail}" if failure.kind == "error" else failure.detail

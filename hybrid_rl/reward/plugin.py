@@ -3,11 +3,16 @@
 A plugin is a function, or a class whose instances are called (`setup` first, `close` at the end, if it has them), or a
 function without any of the parameters below, which makes a reward of the arguments. How a reward is called follows from
 its parameters, as in TRL: `completions` gets a list and returns a list; `completion` gets one and returns one.
+
+A reward of lists may have an attribute `independent`: `True` if it may be given its completions one at a time, `False`
+if its scores mean something only among all completions of a prompt. Without one, it gets them one at a time after it
+failed on them together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import math
@@ -15,7 +20,9 @@ import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from hybrid_rl.plugins.resolve import accepted, load_plugin, missing, named_parameters
 from hybrid_rl.plugins.worker import at_end, reason
@@ -38,29 +45,32 @@ class _Reward:
     """That its every call gets."""
     single: bool
     """Whether it takes one completion, not a list."""
-    independent: bool
-    """Whether a list may as well be given piece by piece."""
+    independent: bool | None
+    """Whether a list may as well be given piece by piece: `None` where only a failure is reason to."""
     asynchronous: bool
 
 
 def check(plugin: str, arguments: str, given: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Make a plugin ready for calls. Yields `missing`, the parameters that it wants and is not given, and `piecewise`,
-    whether it answers completion by completion.
+    """Make a plugin ready for calls. Yields `missing`, the parameters that it wants and is not given; `piecewise`,
+    whether it answers completion by completion; and `whole`, whether it must have them all at once.
 
     Raises what loading it raises, and `TypeError` for arguments it does not take.
     """
     reward = _reward(plugin, arguments)
     lists = LISTS if not reward.single else [_SINGLE.get(name, name) for name in LISTS]
-    piecewise = (reward.single and not reward.asynchronous) or reward.independent
-    yield {"missing": missing(reward.function, [*lists, *given, *reward.arguments]), "piecewise": piecewise}
+    yield {
+        "missing": missing(reward.function, [*lists, *given, *reward.arguments]),
+        "piecewise": (reward.single and not reward.asynchronous) or bool(reward.independent),
+        "whole": not reward.single and reward.independent is False,
+    }
 
 
 def score(plugin: str, arguments: str, group: Mapping[str, Sequence[Any]], seconds: float) -> Iterator[dict[str, Any]]:
     """Score the completions of one prompt. `group` has lists of the same length: `completions`, `prompts`,
     `completion_ids`, `finish_reason` and the columns.
 
-    Yields one object a completion, in order unless it has `at`: `score` or `error`, and what was logged. Raises
-    `ValueError` if the plugin returns another number of scores than completions, or something that is no score.
+    Yields one object a completion, in order: `score`, `error` or `timeout`, and what was logged. Where the plugin
+    returns no list of as many scores as completions, that is the error of each.
     """
     reward = _reward(plugin, arguments)
     size = len(group["completions"])
@@ -71,10 +81,9 @@ def score(plugin: str, arguments: str, group: Mapping[str, Sequence[Any]], secon
             yield _one(reward, {name: values[i : i + 1] for name, values in group.items()})
     else:
         notes = _Notes(size)
-        result = _call(reward, {name: list(values) for name, values in group.items()} | notes.loggers())
-        scores = _checked(_finished(result), size)
-        for i, value in enumerate(scores):
-            yield {"score": value, **notes.of(i)}
+        result = _finished(_call(reward, _listed(group) | notes.loggers()))
+        for i, value in enumerate(_scores(result, size)):
+            yield {**value, **notes.of(i)}
 
 
 def _one(reward: _Reward, group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -84,9 +93,9 @@ def _one(reward: _Reward, group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         if reward.single:
             result = [_finished(_call(reward, _singled(group) | notes.loggers()))]
         else:
-            result = _finished(_call(reward, {k: list(v) for k, v in group.items()} | notes.loggers()))
-        return {"score": _checked(result, 1)[0], **notes.of(0)}
-    except Exception as error:
+            result = _finished(_call(reward, _listed(group) | notes.loggers()))
+        return {**_scores(result, 1)[0], **notes.of(0)}
+    except BaseException as error:
         return {"error": reason(error), **notes.of(0)}
 
 
@@ -96,13 +105,14 @@ def _at_once(reward: _Reward, group: Mapping[str, Sequence[Any]], seconds: float
     async def one(i: int) -> dict[str, Any]:
         notes = _Notes(1)
         single = {name: values[i : i + 1] for name, values in group.items()}
+        limit = asyncio.timeout(seconds)
         try:
-            result = await asyncio.wait_for(_call(reward, _singled(single) | notes.loggers()), seconds)
-            return {"score": _checked([result], 1)[0], **notes.of(0)}
-        except TimeoutError:
-            return {"timeout": True, **notes.of(0)}
-        except Exception as error:
-            return {"error": reason(error), **notes.of(0)}
+            async with limit:
+                result = await _call(reward, _singled(single) | notes.loggers())
+            return {**_scores([result], 1)[0], **notes.of(0)}
+        except BaseException as error:  # one that gets out of a task stops the loop for all
+            # A plugin's own TimeoutError is an error like others.
+            return {**({"timeout": True} if limit.expired() else {"error": reason(error)}), **notes.of(0)}
 
     async def all_of() -> list[dict[str, Any]]:
         return list(await asyncio.gather(*(one(i) for i in range(len(group["completions"])))))
@@ -113,6 +123,11 @@ def _at_once(reward: _Reward, group: Mapping[str, Sequence[Any]], seconds: float
 def _singled(group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     # A column `prompt` is the prompt itself, as the policy saw it.
     return {_SINGLE.get(name, name): values[0] for name, values in group.items()}
+
+
+def _listed(group: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    given = {name: list(values) for name, values in group.items()}
+    return {**given, "prompt": given["prompts"]} if "prompts" in given else given
 
 
 def _call(reward: _Reward, given: Mapping[str, Any]) -> Any:
@@ -135,13 +150,21 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _checked(scores: Any, size: int) -> list[float | None]:
-    values = scores.tolist() if hasattr(scores, "tolist") else scores
+def _scores(found: Any, size: int) -> list[dict[str, Any]]:
+    """`score` or `error` of each completion."""
+    values = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(values, list | tuple):
-        raise ValueError(f"it returned {type(scores).__name__}, no list of scores")
+        return [{"error": f"ValueError: it returned {type(found).__name__}, no list of scores"}] * size
     if len(values) != size:
-        raise ValueError(f"it returned {len(values)} scores for {size} completions")
-    return [None if value is None else _number(value) for value in values]
+        return [{"error": f"ValueError: it returned {len(values)} scores for {size} completions"}] * size
+    return [_score(value) for value in values]
+
+
+def _score(value: Any) -> dict[str, Any]:
+    try:
+        return {"score": None if value is None else _number(value)}
+    except Exception as error:
+        return {"error": reason(error)}
 
 
 def _number(value: Any) -> float:
@@ -149,7 +172,7 @@ def _number(value: Any) -> float:
         raise ValueError(f"it returned {type(value).__name__} where a number or None is due")
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"it returned a score that is not finite: {number}")
+        raise ValueError(f"it returned a number that is not finite: {number}")
     return number
 
 
@@ -171,18 +194,23 @@ class _Notes:
 
     def _log_extra(self, column: str, values: Any) -> None:
         # A reward of single completions logs its value, TRL's lists them.
+        values = values.tolist() if hasattr(values, "tolist") else values
         listed = list(values) if isinstance(values, list | tuple) else [values]
         if len(listed) != self._size:
             raise ValueError(f"log_extra({column!r}) was given {len(listed)} values for {self._size} completions")
-        self._extra[str(column)] = [self._short(value) for value in listed]
+        self._extra[self._text(column)] = [self._short(value) for value in listed]
 
     def _log_metric(self, name: str, value: Any) -> None:
-        self._metrics[str(name)] = _number(value)
+        self._metrics[self._text(name)] = _number(value)
 
     def _short(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float):
             return value
-        return str(value)[: self._LONGEST]
+        return self._text(value)
+
+    def _text(self, value: Any) -> str:
+        """As any file can hold it."""
+        return str(value)[: self._LONGEST].encode(errors="replace").decode()
 
 
 @lru_cache(maxsize=256)
@@ -207,7 +235,7 @@ def _reward(plugin: str, arguments: str) -> _Reward:
     else:
         _refuse_unknown(found, given)
         function = found
-    independent = bool(getattr(function, "independent", False))
+    independent = getattr(function, "independent", None)
     single = "completion" in inspect.signature(function).parameters
     asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     return _Reward(function, given, single, independent, asynchronous)
@@ -226,3 +254,19 @@ def _refuse_unknown(function: Callable[..., Any], arguments: Mapping[str, Any]) 
         if name not in known or name in (*LISTS, *_SINGLE.values()):
             settable = [n for n in known if n not in (*LISTS, *_SINGLE.values())]
             raise TypeError(f"it takes no argument {name!r}; it has {', '.join(settable) or 'none'}")
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # names that only a type checker knows
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in arguments.items():
+        if name in hints:
+            _refuse_unfit(name, value, hints[name])
+
+
+def _refuse_unfit(name: str, value: Any, hint: Any) -> None:
+    """An argument that its annotation does not allow is refused before the run, not at the first call."""
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise TypeError(f"argument {name}={value!r}: {error.errors()[0]['msg']}") from None
+    except PydanticSchemaGenerationError:  # of no type that can be checked
+        return

@@ -53,10 +53,14 @@ class RewardPool:
         self._hosts = {node: self._start(node) for node in self._names}
         self._under_way = dict.fromkeys(self._hosts, 0)
         self._restarts = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(settings.workers * len(self._hosts), thread_name_prefix="reward")
         self._examples = Examples()
-        self._without_answer = {spec.name: (0, "") for spec in specs}
+        self._without_answer = {spec.name: 0 for spec in specs}
+        """Prompts in a row on which a reward failed."""
+        self._proven: set[str] = set()
+        """Rewards that have answered."""
 
     def check(self, columns: Sequence[str]) -> None:
         """Import every plugin, on every node. Raises `ConfigError` if one is missing or wants a column that is not."""
@@ -89,9 +93,10 @@ class RewardPool:
         step: int,
     ) -> Scored:
         """What the completions earn at `step`. Raises `RuntimeError` as `reward.combine` does."""
-        return combine(prompts, groups, verdicts, self.specs, step)
+        return combine(prompts, groups, verdicts, self.specs, step, self._proven)
 
     def close(self) -> None:
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for host in self._hosts.values():
             try:
@@ -145,6 +150,8 @@ class RewardPool:
 
     def _replace(self, node: str, dead: WorkerHandle, death: WorkerDied) -> None:
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the rewards were stopped") from None
             if self._hosts.get(node) is not dead:  # another thread was faster
                 return
             self._restarts += 1
@@ -168,8 +175,10 @@ class RewardPool:
         with self._lock:
             self._examples.see(spec.name, completions, outcomes)
             failed = all(outcome.failed for outcome in outcomes)
-            count = self._without_answer[spec.name][0] + 1 if failed else 0
-            self._without_answer[spec.name] = count, outcomes[-1].detail
+            count = self._without_answer[spec.name] + 1 if failed else 0
+            self._without_answer[spec.name] = count
+            if not failed:
+                self._proven.add(spec.name)
         if count >= GIVE_UP_AFTER:
             raise RuntimeError(f"{spec.name} failed on {count} prompts in a row; the last time: {outcomes[-1].detail}")
 
