@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rewards.math import accuracy
+from rewards.math import Extract, accuracy
 
-WRAPPINGS: dict[str, tuple[str, str]] = {  # name: policy, text
+WRAPPINGS: dict[str, tuple[Extract, str]] = {  # name: policy, text
     "\\boxed{g}": ("auto", "So the result is \\boxed{{{}}}."),
     "\\boxed{\\$g}": ("auto", "They pay \\boxed{{\\${}}}."),
     "\\boxed{g\\text{ apples}}": ("auto", "That leaves \\boxed{{{}\\text{{ apples}}}} in all."),

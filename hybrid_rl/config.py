@@ -7,6 +7,7 @@ model, the data or the cluster are made by the rooms that own them, and raise th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,12 @@ class DataConfig(Settings):
     """Prompts of more tokens are left out, and counted."""
     eval_size: PositiveInt | None = None
     """Use the first so many held-out problems of each set; all of them by default."""
+
+    @model_validator(mode="after")
+    def _named(self) -> DataConfig:
+        if isinstance(self.eval, dict) and "" in self.eval:
+            raise ValueError("data.eval: a set has no name; give it one")
+        return self
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -310,6 +317,12 @@ class RewardSpec(Settings):
         self.name = self.name or self.plugin
         if isinstance(self.weight, dict) and not self.weight:
             raise ValueError(f"weight of {self.name} by step names no step; give one, as in {{0: 1.0}}")
+        if [] in self.when.values():
+            raise ValueError(f"when of {self.name} is for no problem at all: a list of values is empty")
+        try:
+            json.dumps(self.arguments)
+        except TypeError as error:
+            raise ValueError(f"arguments of {self.name}: {error}; write it as text") from None
         return self
 
     def weight_at(self, step: int) -> float:
@@ -363,8 +376,8 @@ class CheckpointConfig(Settings):
 class EvalConfig(Settings):
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between held-out evaluations. 0: only before and after."""
-    reward: str | None = None
-    """Name of the reward that measures accuracy; the first by default."""
+    reward: str | dict[str, str] | None = None
+    """Name of the reward that measures accuracy, or set of `data.eval` -> its reward; the first by default."""
     right_from: float = 1.0
     """Least score of a completion that pass@k and maj@k take for right."""
     k: Annotated[int, Field(ge=0)] = 4
@@ -595,8 +608,19 @@ class Config(Settings):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"rewards: two are called {twice!r}; give each a name of its own, as in name: {twice}_2")
-        if self.eval.reward is not None and self.eval.reward not in names:
-            raise ValueError(f"eval.reward={self.eval.reward!r} is none of the rewards {names}")
+        by_set = self.eval.reward if isinstance(self.eval.reward, dict) else {"": self.eval.reward or names[0]}
+        for name in by_set.values():
+            if name not in names:
+                raise ValueError(f"eval.reward={self.eval.reward!r}: {name!r} is none of the rewards {names}")
+        if isinstance(self.eval.reward, dict) and by_set.keys() != self.data.held_out.keys():
+            raise ValueError(
+                f"eval.reward is for the sets {sorted(by_set)}, and data.eval has {sorted(self.data.held_out)}; give a "
+                "reward for each, or the name of one for all"
+            )
+        if self.rewards[-1].gate is not None:
+            raise ValueError(f"rewards: the gate of {names[-1]} does nothing, since no reward comes after it; drop it")
+        if not self.eval.k and self.eval.right_from != EvalConfig().right_from:
+            raise ValueError(f"eval.right_from={self.eval.right_from:g} does nothing with eval.k=0; drop it")
         if self.algo.reward_aggregation == "normalize_then_sum":
             if self.algo.advantage != AlgoConfig().advantage:
                 raise ValueError(
@@ -608,11 +632,18 @@ class Config(Settings):
                     "algo.reward_aggregation=normalize_then_sum is for several rewards, and there is one; drop it"
                 )
 
-    @property
-    def accuracy(self) -> RewardSpec:
-        """The reward that held-out accuracy is measured by."""
-        name = self.eval.reward or self.rewards[0].name
+    def accuracy(self, held_out: str) -> RewardSpec:
+        """The reward that accuracy on a set of held-out problems is measured by."""
+        wanted = self.eval.reward
+        name = wanted[held_out] if isinstance(wanted, dict) else wanted or self.rewards[0].name
         return next(spec for spec in self.rewards if spec.name == name)
+
+    @property
+    def judging(self) -> Config:
+        """The same with the rewards alone that measure accuracy."""
+        names = {self.accuracy(name).name for name in self.data.held_out}
+        kept = [spec.model_copy(update={"gate": None}) for spec in self.rewards if spec.name in names]
+        return self.model_copy(update={"rewards": kept})
 
     def _check_algo(self) -> None:
         """Refuse settings that do nothing."""

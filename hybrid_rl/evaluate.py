@@ -15,7 +15,7 @@ from scipy import stats
 from hybrid_rl.answers import Answers
 from hybrid_rl.config import Config
 from hybrid_rl.rollout import sampling_from
-from hybrid_rl.types import Prompt, Sampling, ScoredGroup
+from hybrid_rl.types import Outcome, Prompt, Sampling, ScoredGroup
 
 EXTRACTED = "extracted"
 """What rewards call the answer they read in a completion (`log_extra`); maj@k counts equal ones together."""
@@ -39,25 +39,24 @@ def evaluate(answers: Answers, sets: Mapping[str, Sequence[Prompt]], config: Con
     accuracy.
 
     `sets`: problems by the name of their data set, their ids beginning with it where there are several. Each set's
-    metrics then stand under `eval/<name>/`, and the unweighted means over the sets under `eval/`.
+    metrics then stand under `eval/<name>/`, and the unweighted means over the sets, or sums of counts, under `eval/`.
     """
-    prompts = [prompt for each in sets.values() for prompt in each]
-    greedy = _answer(answers, prompts, sampling_from(config, n=1, temperature=0.0), config)
-    sampled: list[ScoredGroup] = []
+    greedy = _answer(answers, sets, sampling_from(config, n=1, temperature=0.0), config)
+    sampled: dict[str, list[ScoredGroup]] = {}
     if config.eval.k:
         sampling = sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature)
-        sampled = _answer(answers, prompts, sampling, config)
-    found: dict[str, dict[str, float]] = {}
-    start = 0
-    for name, each in sets.items():
-        part = slice(start, start := start + len(each))
-        found[name] = _measure(greedy[part], sampled[part], config)
+        sampled = _answer(answers, sets, sampling, config)
+    found = {name: _measure(greedy[name], sampled.get(name, []), config.accuracy(name).name, config) for name in sets}
     if len(found) == 1:
         (metrics,) = found.values()
     else:
-        metrics = {key: _mean([f[key] for f in found.values()]) for key in _common(found) if not key.startswith("ci/")}
+        metrics = {key: _over_sets(key, found) for key in _common(found) if not key.startswith("ci/")}
         metrics |= {f"{name}/{key}": value for name, f in found.items() for key, value in f.items()}
-    return Evaluated({f"eval/{name}": value for name, value in metrics.items()}, greedy, sampled)
+    return Evaluated(
+        {f"eval/{name}": value for name, value in metrics.items()},
+        [group for name in sets for group in greedy[name]],
+        [group for name in sets for group in sampled.get(name, [])],
+    )
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -86,8 +85,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         found = stats.binomtest(int(sum(values)), len(values)).proportion_ci(_LEVEL, method="wilson")
         return float(found.low), float(found.high)
     array = np.asarray(values)
-    drawn = np.random.default_rng(0).integers(0, len(array), (_RESAMPLES, len(array)))
-    low, high = np.quantile(array[drawn].mean(axis=1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    draw = np.random.default_rng(0)
+    means = [array[draw.integers(0, len(array), len(array))].mean() for _ in range(_RESAMPLES)]
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -103,9 +103,11 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], *, log: bool) -> fl
     return area / (places[-1] - places[0])
 
 
-def _measure(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], config: Config) -> dict[str, float]:
+def _measure(
+    greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], reward: str, config: Config
+) -> dict[str, float]:
     """Of one data set; intervals under `ci/`."""
-    reward, k = config.accuracy.name, config.eval.k
+    k = config.eval.k
     outcomes = [outcome for group in greedy for outcome in group.outcomes[reward]]
     ends = [completion.finish_reason for group in greedy for completion in group.completions]
     per_problem = {"accuracy": [o.score or 0.0 for o in outcomes]}
@@ -114,7 +116,7 @@ def _measure(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], conf
         "stopped": _mean([float(end == "stop") for end in ends]),
     }
     if any(EXTRACTED in outcome.extra for outcome in outcomes):
-        shares["answered"] = _mean([float(bool(o.extra.get(EXTRACTED))) for o in outcomes])
+        shares["answered"] = _mean([float(_extracted(o) != "") for o in outcomes])
     if sampled:
         rows = [group.outcomes[reward] for group in sampled]
         right = [[(o.score or 0.0) >= config.eval.right_from for o in row] for row in rows]
@@ -122,7 +124,7 @@ def _measure(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], conf
         for j in sorted({2**i for i in range(k.bit_length())} | {k}):
             per_problem[f"pass_at_{j}"] = [pass_at_k(k, sum(row), j) for row in right]
         if any(EXTRACTED in o.extra for row in rows for o in row):
-            answers = [[str(o.extra.get(EXTRACTED) or "") for o in row] for row in rows]
+            answers = [[_extracted(o) for o in row] for row in rows]
             per_problem["maj_at_k"] = [majority(a, r) for a, r in zip(answers, right, strict=True)]
         ends_of_samples = [c.finish_reason for group in sampled for c in group.completions]
         shares["truncated_at_k"] = _mean([float(end in ("length", "time")) for end in ends_of_samples])
@@ -134,15 +136,34 @@ def _measure(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], conf
     return metrics
 
 
-def _answer(answers: Answers, prompts: Sequence[Prompt], sampling: Sampling, config: Config) -> list[ScoredGroup]:
-    answered = answers.generate(prompts, sampling, only=config.accuracy.name)
-    return answers.scored(answered).groups
+def _extracted(outcome: Outcome) -> str:
+    """The answer that the reward read; '' without one."""
+    answer = outcome.extra.get(EXTRACTED)
+    return "" if answer is None else str(answer)
+
+
+def _answer(
+    answers: Answers, sets: Mapping[str, Sequence[Prompt]], sampling: Sampling, config: Config
+) -> dict[str, list[ScoredGroup]]:
+    """Sets that the same reward judges are answered together."""
+    groups: dict[str, list[ScoredGroup]] = {}
+    for reward in dict.fromkeys(config.accuracy(name).name for name in sets):
+        judged = {name: prompts for name, prompts in sets.items() if config.accuracy(name).name == reward}
+        answered = answers.generate([p for prompts in judged.values() for p in prompts], sampling, only=reward)
+        scored = iter(answers.scored(answered).groups)
+        groups |= {name: [next(scored) for _ in prompts] for name, prompts in judged.items()}
+    return groups
 
 
 def _common(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Metrics that every data set has."""
     first, *rest = found.values()
     return [key for key in first if all(key in other for other in rest)]
+
+
+def _over_sets(key: str, found: Mapping[str, Mapping[str, float]]) -> float:
+    values = [metrics[key] for metrics in found.values()]
+    return sum(values) if key == "unscored" else _mean(values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -292,7 +292,7 @@ def evaluation_table(
     for label in names.values():
         table.add_column(label)
     for label, found in rows.items():
-        cells = [f"{found[name]:.0f}" if name == "unscored" else f"{found[name]:.3f}" for name in names]
+        cells = [_cell(found.get(name), ".0f" if name == "unscored" else ".3f") for name in names]
         table.add_row(label, _with_interval(found, "accuracy"), *cells)
     if areas:
         table.caption = (
@@ -300,6 +300,10 @@ def evaluation_table(
             "matryoshka.loss=sum trains their sum, and none of them alone"
         )
     return table
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _with_interval(scores: Mapping[str, float], name: str) -> str:

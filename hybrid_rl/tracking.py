@@ -152,7 +152,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 _MAY_CHANGE = ("run", "cluster", "tracking", "checkpoint", "reward")
-"""Sections whose settings a resumed run may change: they decide nothing about what is trained."""
+"""Sections whose settings a resumed run may change: they decide nothing about what is trained, but for the limits of
+`reward`, by which a completion may go unscored."""
 
 
 def dump_config(config: Config) -> str:

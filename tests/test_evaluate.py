@@ -131,7 +131,7 @@ def test_each_data_set_is_measured_by_itself():
     assert metrics["one/mean_at_k"] == metrics["two/mean_at_k"] == pytest.approx(0.5)
     assert metrics["one/pass_at_2"] == pytest.approx(pass_at_k(4, 2, 2))
     assert metrics["one/pass_at_4"] == metrics["one/maj_at_k"] == 1
-    assert metrics["one/unscored"] == 1
+    assert metrics["one/unscored"] == metrics["unscored"] == 1, "a count, which is summed"
     assert metrics["two/ci/accuracy_low"] < 1
     assert not any(name.startswith("ci/") for name in metrics), "of several sets' means there is no interval"
     assert [len(found.greedy), len(found.sampled)] == [4, 4]

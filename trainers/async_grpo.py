@@ -40,7 +40,7 @@ class Overlapped:
         faults: Counter[str] = Counter()
         groups: list[ScoredGroup] = []
         for left in reversed(range(draws(self._config))):
-            wanted = groups_wanted(self._config, groups)
+            wanted = groups_wanted(self._config, groups, step)
             with clock.time("generate"):
                 self._work()
                 while not (answered := self._answers.take_next(wanted, _TAG)):
@@ -52,7 +52,7 @@ class Overlapped:
             groups += scored.groups
             faults.update(scored.faults)
             self.position += len(scored.groups)
-            missing = groups_wanted(self._config, groups)
+            missing = groups_wanted(self._config, groups, step)
             self._open -= missing  # what is drawn again has left the step
             self._left += missing if left else 0
             self._in_step = self._config.batch.prompts - missing

@@ -6,6 +6,7 @@ learner would send it, receipts and all; there is no learner.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,7 @@ from rich.console import Console
 from hybrid_rl.adaptation import AdaptedModel
 from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config, ConfigError
-from hybrid_rl.evaluate import aurac, evaluate
+from hybrid_rl.evaluate import Evaluated, aurac, evaluate
 from hybrid_rl.export import open_export
 from hybrid_rl.files import write_atomically
 from hybrid_rl.plan import AdaptationPlan
@@ -26,7 +27,6 @@ from hybrid_rl.report import Bar, draw_ranks, evaluation_table
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.stored_policy import check_ranks, find_policy
 from hybrid_rl.tracking import record
-from hybrid_rl.types import ScoredGroup
 from hybrid_rl.weight_sync import open_publisher, served_tensors
 from trainers.setup import Task, check_engine, check_input, open_workplace
 
@@ -52,8 +52,8 @@ class Evaluation:
     """How answers were sampled and scored."""
     directory: Path | None = None
     """The run or export that the policy comes from."""
-    groups: Sequence[ScoredGroup] = ()
-    """Every answer of the policy as it is trained, with its scores: greedy ones, then samples."""
+    found: Evaluated | None = None
+    """Of the policy as it is trained: every answer with its scores."""
 
     def tree(self) -> dict[str, Any]:
         """As it is written to JSON."""
@@ -95,13 +95,13 @@ def evaluate_policy(
     for what cannot be evaluated.
     """
     policy = _find(config, checkpoint, export)
-    config = policy.config
+    config = policy.config.judging
     task = check_input(config)
     plan = _check_plan(policy, task)
     ranks = _checked(ranks, plan)
     adapted = policy.load() if policy.load is not None else None
     found: dict[int | None, dict[str, float]] = {}
-    verified, groups = 0, []
+    verified, answers = 0, None
     with Bar(console or Console(quiet=True)) as bar:
         bar.show("starting engines", 0, 1)
         with open_workplace(config, replace(task, plan=plan), learner=False) as workplace:
@@ -115,7 +115,7 @@ def evaluate_policy(
                     verified += workplace.bring(update).verified
                 evaluated = evaluate(workplace.answers, task.eval, config)
                 found[k] = {name.removeprefix("eval/"): value for name, value in evaluated.metrics.items()}
-                groups = groups or [*evaluated.greedy, *evaluated.sampled]
+                answers = answers or evaluated
     by_rank = {k: found[k] for k in ranks}
     accuracies = [scores["accuracy"] for scores in by_rank.values()]
     return Evaluation(
@@ -125,9 +125,9 @@ def evaluate_policy(
         problems=len(task.held_out),
         verified_engines=verified,
         source={"model": config.model.path, **policy.source} | ({"plan_hash": plan.hash} if adapted else {}),
-        answers=_answers(config),
+        answers=_answers(config, task),
         directory=policy.directory,
-        groups=groups,
+        found=answers,
     )
 
 
@@ -147,18 +147,25 @@ def eval_command(
     if out is not None and not out.is_dir():
         raise ConfigError(f"--out {out} is no directory; make it")
     result = evaluate_policy(config, console, checkpoint=checkpoint, export=export, ranks=numbers)
-    console.print(evaluation_table(result.scores, result.ranks, result.aurac, result.problems))
     directory = out or (result.directory if numbers else None)
     if directory is not None:
         written = directory / ("eval_ranks.json" if numbers else "eval.json")
         write_atomically(written, json.dumps(result.tree(), indent=1) + "\n")
+    if out is not None and result.found is not None:
+        lines = [
+            json.dumps({"greedy": greedy, **record(group, i)}, default=str)
+            for greedy, groups in ((True, result.found.greedy), (False, result.found.sampled))
+            for group in groups
+            for i in range(len(group.completions))
+        ]
+        write_atomically(out / "eval_answers.jsonl", "\n".join(lines) + "\n")
+    console.print(evaluation_table(result.scores, result.ranks, result.aurac, result.problems))
+    if directory is not None:
         console.print(f"results  {written}")
         if numbers:
             draw_ranks(result.scores, result.ranks, result.aurac, written.with_suffix(".png"))
             console.print(f"curve    {written.with_suffix('.png')}")
     if out is not None:
-        lines = [json.dumps(record(g, i), default=str) for g in result.groups for i in range(len(g.completions))]
-        write_atomically(out / "eval_answers.jsonl", "\n".join(lines) + "\n")
         console.print(f"answers  {out / 'eval_answers.jsonl'}")
     if as_json:
         print(json.dumps(result.tree()))
@@ -250,13 +257,15 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _answers(config: Config) -> dict[str, Any]:
+def _answers(config: Config, task: Task) -> dict[str, Any]:
     """What decides the answers besides the policy, and what scores them."""
     sampling = asdict(sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature))
     rollout, data = config.rollout, config.data
-    reward = config.accuracy
-    how: dict[str, Any] = {"reward": reward.plugin, "reward_arguments": reward.arguments}
-    how |= {"right_from": config.eval.right_from, "data": data.eval, "template": data.template, "chat": data.chat}
+    rewards = {spec.name: {"plugin": spec.plugin, "arguments": task.rewards[spec.name]} for spec in config.rewards}
+    how: dict[str, Any] = {"rewards": rewards, "right_from": config.eval.right_from, "data": data.eval}
+    how |= {"eval_size": data.eval_size, "answer_after": data.answer_after}
+    how |= {"template": data.template, "chat": data.chat}
+    how["versions"] = {name: importlib.metadata.version(name) for name in ("hybrid-rl", "math-verify", "transformers")}
     how |= {"engine": rollout.engine, "dtype": config.model.dtype, "environment": rollout.environment}
     how |= {"max_turns": rollout.max_turns} if rollout.environment is not None else {}
     return {"greedy": {**sampling, "n": 1, "temperature": 0.0}, "sampled": sampling if config.eval.k else None, **how}

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Task:
     """The plan given by `plan.path` or `plan.start`, or a resumed run's own."""
     start: Start | None = None
     """The values of `plan.start`."""
+    rewards: Mapping[str, Any] = field(default_factory=dict)
+    """Each reward's arguments, defaults included."""
 
     @property
     def held_out(self) -> list[Prompt]:
@@ -115,18 +117,17 @@ def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
     _check_algorithm(config)
     task, model = _read_input(config)
     plan, start = _check_plans(config, model, task.anatomy, plan)
-    check_rewards(config, task.columns)
-    return replace(task, plan=plan, start=start)
+    return replace(task, plan=plan, start=start, rewards=check_rewards(config, task.columns))
 
 
 def check_input(config: Config) -> Task:
-    """`check_task` without what decides how a policy is trained: for one that is there already."""
-    task = _read_input(config)[0]
-    check_rewards(config, task.columns)
-    return task
+    """`check_task` without what decides how a policy is trained: for one that is there already. The rewards need the
+    columns of the held-out problems alone."""
+    task = _read_input(config, trains=False)[0]
+    return replace(task, rewards=check_rewards(config, task.columns))
 
 
-def _read_input(config: Config) -> tuple[Task, Any]:
+def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
     """What there is beside a plan, and the model without its weights."""
     if config.warm_start is not None and not Path(config.model.path).exists():
         raise ConfigError(
@@ -141,35 +142,46 @@ def _read_input(config: Config) -> tuple[Task, Any]:
     read: dict[str, Any] = {"columns": data.columns, "answer_after": data.answer_after}
     train_rows = load_rows(data.train, setting="data.train", split="train", **read)
     held_out: dict[str, list[Prompt]] = {}
-    columns = set(train_rows[0])
+    columns = [set(train_rows[0])] if trains else []
     for name, source in data.held_out.items():
         setting = f"data.eval.{name}" if name else "data.eval"
         rows = load_rows(source, setting=setting, split="test", **read)[: data.eval_size]
-        columns &= set(rows[0])
-        prompts, _ = build_prompts(rows, data, tokenizer, setting=setting)
+        columns.append(set(rows[0]))
+        prompts, left_out = build_prompts(rows, data, tokenizer, setting=setting)
+        if left_out:
+            logger.warning(
+                "%s: %d of %d problems are longer than data.max_prompt_length=%d and are not evaluated",
+                *(setting, left_out, len(rows), data.max_prompt_length),
+            )
+        if not any(config.accuracy(name).asks_about(p.columns) for p in prompts):
+            raise ConfigError(
+                f"{setting}: accuracy is measured by {config.accuracy(name).name}, which is for none of its problems "
+                f"(when: {config.accuracy(name).when}); name another by eval.reward"
+            )
         held_out[name] = [replace(p, id=f"{name}/{p.id}") for p in prompts] if len(data.held_out) > 1 else prompts
     train, too_long = build_prompts(train_rows, data, tokenizer, setting="data.train")
     _check_length(config, model, [*train, *(p for prompts in held_out.values() for p in prompts)])
     itemsize = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size()
     model_bytes = sum(p.numel() for p in model.parameters()) * itemsize
-    return Task(anatomy, model_bytes, train, held_out, too_long, sorted(columns)), model
+    return Task(anatomy, model_bytes, train, held_out, too_long, sorted(set.intersection(*columns))), model
 
 
-def check_rewards(config: Config, columns: Sequence[str]) -> None:
-    """Import every reward's plugin here first: what is wrong with one is said before any worker starts."""
+def check_rewards(config: Config, columns: Sequence[str]) -> Mapping[str, Any]:
+    """Import every reward's plugin here first: what is wrong with one is said before any worker starts. Returns their
+    arguments, defaults included."""
     for spec in config.rewards:
         unknown = sorted(set(spec.when) - set(columns))
         if unknown:
             raise ConfigError(f"rewards: when of {spec.name} names the column {unknown[0]!r}; the data has {columns}")
-    seen = json.dumps([[s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [list(columns)])
+    seen = json.dumps([[s.name, s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [list(columns)])
     if seen in _checked:
-        return
+        return _checked[seen]
     host = RewardHost(config.rewards, config.reward.model_copy(update={"workers": 1}))
     try:
-        host.check(columns, ahead=False)
+        _checked[seen] = host.check(columns, ahead=False)
     finally:
         host.close()
-    _checked.add(seen)
+    return _checked[seen]
 
 
 def _changed(plugin: str) -> float:
@@ -178,8 +190,8 @@ def _changed(plugin: str) -> float:
     return path.stat().st_mtime if path.suffix == ".py" and path.is_file() else 0.0
 
 
-_checked: set[str] = set()
-"""Rewards that a run of this process has found to be in order."""
+_checked: dict[str, Mapping[str, Any]] = {}
+"""Rewards that a run of this process has found to be in order, with their arguments."""
 
 
 def _check_algorithm(config: Config) -> None:

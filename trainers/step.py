@@ -76,14 +76,14 @@ class InTurn:
         groups: list[ScoredGroup] = []
         faults: Counter[str] = Counter()
         for _ in range(draws(self._config)):
-            batch = self._prompts.take(groups_wanted(self._config, groups))
+            batch = self._prompts.take(groups_wanted(self._config, groups, step))
             with clock.time("generate"):
                 answered = answers.generate(batch, sampling)
             with clock.time("reward"):
                 scored = answers.scored(answered, step)
             groups += scored.groups
             faults.update(scored.faults)
-            if not groups_wanted(self._config, groups):
+            if not groups_wanted(self._config, groups, step):
                 break
         return complete(self._config, self._workplace, groups, faults, clock)
 
@@ -107,11 +107,11 @@ def draws(config: Config) -> int:
     return 1 + (config.algo.resample_limit if config.algo.zero_variance == "resample" else 0)
 
 
-def groups_wanted(config: Config, groups: Sequence[ScoredGroup]) -> int:
+def groups_wanted(config: Config, groups: Sequence[ScoredGroup], step: int) -> int:
     """How many more groups a step needs that has these."""
     useful = len(groups)
     if groups and config.algo.zero_variance == "resample":
-        useful = sum(groups_with_signal(groups, config))
+        useful = sum(groups_with_signal(groups, config, step))
     return config.batch.prompts - useful
 
 

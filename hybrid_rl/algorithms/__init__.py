@@ -18,6 +18,7 @@ from hybrid_rl.algorithms.advantages import (
     has_signal,
     overlong_penalty,
     register_advantage,
+    tells_apart,
     token_weights,
 )
 from hybrid_rl.algorithms.losses import TokenLoss, find_loss, kl_T, register_loss
@@ -41,5 +42,6 @@ __all__ = [
     "register_advantage",
     "register_loss",
     "rehearse",
+    "tells_apart",
     "token_weights",
 ]

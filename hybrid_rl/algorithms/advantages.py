@@ -99,16 +99,24 @@ def raw(rewards_P_G: Tensor, valid_P_G: Tensor) -> Tensor:
     return rewards_P_G.masked_fill(~valid_P_G, 0)
 
 
-def decoupled(rewards_K_P_G: Tensor, valid_K_P_G: Tensor, weights_K: Tensor) -> Tensor:
-    """GDPO (arXiv 2601.05242, section 3): each of K rewards normalised within its groups, summed by weight, and the sum
-    normalised over the batch, `(R - mean) / (std + 1e-4)`. Returns [P, G]; 0 where no reward is valid."""
+def decoupled(rewards_K_P_G: Tensor, valid_K_P_G: Tensor, weights_K: Tensor, penalty_P_G: Tensor) -> Tensor:
+    """GDPO (arXiv 2601.05242, section 3): each of K rewards normalised within its groups, summed by weight, and the
+    sum, less a penalty, normalised over the batch, `(R - mean) / (std + 1e-4)`. Returns [P, G]; 0 where no reward is
+    valid, and for groups in which none that weighs anything, nor the penalty, tells two completions apart."""
     normalised = [group_normalised(r, v) for r, v in zip(rewards_K_P_G, valid_K_P_G, strict=True)]
-    sums_P_G = (weights_K[:, None, None] * torch.stack(normalised)).sum(dim=0)
+    sums_P_G = (weights_K[:, None, None] * torch.stack(normalised)).sum(dim=0) - penalty_P_G
     valid_P_G = valid_K_P_G.any(dim=0)
     present = sums_P_G[valid_P_G]
     if not len(present):
-        return sums_P_G
-    return ((sums_P_G - present.mean()) / (_std(present) + EPSILON)).masked_fill(~valid_P_G, 0)
+        return torch.zeros_like(sums_P_G)
+    taught_P = tells_apart(rewards_K_P_G, valid_K_P_G, weights_K) | has_signal(penalty_P_G, valid_P_G)
+    return ((sums_P_G - present.mean()) / (_std(present) + EPSILON)).masked_fill(~(valid_P_G & taught_P[:, None]), 0)
+
+
+def tells_apart(rewards_K_P_G: Tensor, valid_K_P_G: Tensor, weights_K: Tensor) -> Tensor:
+    """Which groups have signal in one of K rewards that weighs anything. Returns booleans of shape [P]."""
+    found_K_P = torch.stack([has_signal(r, v) for r, v in zip(rewards_K_P_G, valid_K_P_G, strict=True)])
+    return (found_K_P & (weights_K != 0)[:, None]).any(dim=0)
 
 
 def _std(x: Tensor) -> Tensor:

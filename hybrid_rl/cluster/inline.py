@@ -7,11 +7,12 @@ import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from hybrid_rl.cluster.base import make_transport, worker_environment
 from hybrid_rl.config import Config
-from hybrid_rl.types import Pending, Resources, WorkerHandle
+from hybrid_rl.types import Pending, Resources, WorkerDied, WorkerHandle
 from hybrid_rl.weight_sync import SyncTimeout, Transport
 
 
@@ -110,7 +111,12 @@ class _Later:
         self._future = future
 
     def result(self, timeout: float | None = None) -> Any:
-        return self._future.result(timeout)
+        try:
+            return self._future.result(timeout)
+        except FutureTimeout:
+            if self._future.done():  # its own
+                raise
+            raise WorkerDied(f"{self.name} did not answer within {timeout:g} s") from None
 
     def ready(self, timeout: float) -> bool:
         return bool(wait([self._future], timeout).done)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hybrid_rl.algorithms import decoupled, find_advantage, has_signal, overlong_penalty, token_weights
+from hybrid_rl.algorithms import decoupled, find_advantage, has_signal, overlong_penalty, tells_apart, token_weights
 from hybrid_rl.config import Config, FullConfig, LoraConfig, RewardSpec
 from hybrid_rl.learner.batching import sampled
 from hybrid_rl.types import FAILURES, Outcome, ScoredGroup, TrainBatch, TrainSequence
@@ -47,7 +47,7 @@ def assemble(
     if not groups:
         return Assembled([], [], 0, {}, {})
     rewards_P_G, valid_P_G = _rewards(groups)
-    signal_P = groups_with_signal(groups, config)
+    signal_P = groups_with_signal(groups, config, step)
     penalties: dict[str, torch.Tensor] = {}
     if algo.overlong_buffer:
         lengths_P_G = torch.tensor([[len(c.token_ids) for c in g.completions] for g in groups])
@@ -56,11 +56,8 @@ def assemble(
     if divergences is not None:
         penalties["kl"] = algo.kl_coef * torch.tensor(divergences)
     if algo.reward_aggregation == "normalize_then_sum":
-        parts = [_scores(groups, spec) for spec in config.rewards]
-        parts += [(-penalty_P_G, valid_P_G) for penalty_P_G in penalties.values()]
-        weights_K = torch.tensor([spec.weight_at(step) for spec in config.rewards] + [1.0] * len(penalties))
-        rewards_K, valid_K = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-        advantages_P_G = decoupled(rewards_K, valid_K & valid_P_G, weights_K).tolist()
+        penalty_P_G = sum(penalties.values(), torch.zeros_like(rewards_P_G))
+        advantages_P_G = decoupled(*_each(groups, config, step), penalty_P_G).tolist()
     else:
         rewards_P_G = rewards_P_G - sum(penalties.values())
         advantages_P_G = find_advantage(algo.advantage)(rewards_P_G, valid_P_G).tolist()
@@ -96,19 +93,26 @@ def assemble(
     return Assembled(sequences, advantages_P_G, signal_P.count(False), means, dropped)
 
 
-def groups_with_signal(groups: Sequence[ScoredGroup], config: Config) -> list[bool]:
-    """Which groups have at least two rewards, not all equal: their sums or, where each is normalised, any of them."""
-    rewards_P_G, valid_P_G = _rewards(groups)
+def groups_with_signal(groups: Sequence[ScoredGroup], config: Config, step: int) -> list[bool]:
+    """Which groups have at least two rewards, not all equal: their sums or, where each is normalised, any of them that
+    weighs anything at `step`."""
     if config.algo.reward_aggregation == "sum_then_normalize":
-        return has_signal(rewards_P_G, valid_P_G).tolist()
-    parts = [_scores(groups, spec) for spec in config.rewards]
-    return torch.stack([has_signal(scores, valid & valid_P_G) for scores, valid in parts]).any(dim=0).tolist()
+        return has_signal(*_rewards(groups)).tolist()
+    return tells_apart(*_each(groups, config, step)).tolist()
 
 
 def _rewards(groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards [P, G], 0 where there is none, and where there is one."""
     rewards_P_G = torch.tensor([[math.nan if r is None else r for r in g.rewards_G] for g in groups])
     return rewards_P_G.nan_to_num(0.0), ~rewards_P_G.isnan()
+
+
+def _each(groups: Sequence[ScoredGroup], config: Config, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of every reward [K, P, G], where there are any that count, and the rewards' weights [K] at `step`."""
+    parts = [_scores(groups, spec) for spec in config.rewards]
+    scores_K_P_G, valid_K_P_G = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    weights_K = torch.tensor([spec.weight_at(step) for spec in config.rewards])
+    return scores_K_P_G, valid_K_P_G & _rewards(groups)[1], weights_K
 
 
 def _scores(groups: Sequence[ScoredGroup], spec: RewardSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,11 +185,12 @@ def reward_metrics(groups: Sequence[ScoredGroup], data: Assembled) -> dict[str, 
 
 def _outcome_metrics(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """A reward's mean, how often it gave none and why, and means of what its plugin measured."""
-    metrics = {f"reward/{name}/mean": _mean([o.score for o in outcomes])}
+    measured = dict.fromkeys(key for o in outcomes for key in o.metrics)
+    metrics = {f"reward/{name}/{key}": _mean([o.metrics.get(key) for o in outcomes]) for key in measured}
+    metrics[f"reward/{name}/mean"] = _mean([o.score for o in outcomes])
     for kind in ("not_applicable", *FAILURES):
         metrics[f"reward/{name}/{kind}"] = sum(o.kind == kind for o in outcomes)
-    measured = dict.fromkeys(key for o in outcomes for key in o.metrics)
-    return metrics | {f"reward/{name}/{key}": _mean([o.metrics.get(key) for o in outcomes]) for key in measured}
+    return metrics
 
 
 def _mean(values: Sequence[float | None]) -> float:

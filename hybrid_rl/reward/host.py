@@ -39,9 +39,11 @@ class RewardHost:
         self._answered: set[int] = set()
         self._lock = threading.Lock()
 
-    def check(self, columns: Sequence[str], ahead: bool = True) -> None:
-        """Import every plugin; with `ahead`, also for all workers to come. Raises `ConfigError` if one cannot be, takes
-        no such arguments, or wants a column that is not there."""
+    def check(self, columns: Sequence[str], ahead: bool = True) -> dict[str, Any]:
+        """Import every plugin; with `ahead`, also for all workers to come. Returns each reward's arguments, defaults
+        included. Raises `ConfigError` if a plugin cannot be imported, takes no such arguments, or wants a column that
+        is not there."""
+        settings: dict[str, Any] = {}
         with self._lock:
             for k, spec in enumerate(self._specs):
                 try:
@@ -53,8 +55,10 @@ class RewardHost:
                         f"rewards: plugin {spec.plugin!r} needs the column {found['missing'][0]!r}; the data has "
                         f"{sorted(columns)}. Map one to it with data.columns, or give it under arguments"
                     )
+                settings[spec.name] = found["settings"]
                 if ahead:
                     self._make_ready(k, found)
+        return settings
 
     def score(self, k: int, group: Mapping[str, Sequence[Any]]) -> list[Outcome]:
         """Outcomes of the completions of one prompt with the k-th reward; `group` as `plugin.score` has it.

@@ -26,11 +26,13 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from hybrid_rl.plugins.resolve import accepted, load_plugin, missing, named_parameters
 from hybrid_rl.plugins.worker import at_end, reason
+from hybrid_rl.types import FAILURES
 
 ENTRY_POINTS = "hybrid_rl.rewards"
 """Group under which installed packages offer rewards."""
 LISTS = ("completions", "prompts", "completion_ids", "finish_reason", "log_extra", "log_metric")
 """What every reward can take besides the columns: with `completion`, the single `completion`, `prompt` and so on."""
+_OWN_METRICS = ("mean", "not_applicable", *FAILURES)
 _SINGLE = {"completions": "completion", "prompts": "prompt"}
 _MARKS = {"completions", "completion", "completion_ids", "prompts"}
 """Parameters that tell a reward from a function that makes one."""
@@ -52,7 +54,8 @@ class _Reward:
 
 def check(plugin: str, arguments: str, given: Collection[str]) -> Iterator[dict[str, Any]]:
     """Make a plugin ready for calls. Yields `missing`, the parameters that it wants and is not given; `piecewise`,
-    whether it answers completion by completion; and `whole`, whether it must have them all at once.
+    whether it answers completion by completion; `whole`, whether it must have them all at once; and `settings`, its
+    arguments with their defaults, as text where JSON has no such type.
 
     Raises what loading it raises, and `TypeError` for arguments it does not take.
     """
@@ -62,6 +65,7 @@ def check(plugin: str, arguments: str, given: Collection[str]) -> Iterator[dict[
         "missing": missing(reward.function, [*lists, *given, *reward.arguments]),
         "piecewise": (reward.single and not reward.asynchronous) or bool(reward.independent),
         "whole": not reward.single and reward.independent is False,
+        "settings": _settings(plugin, json.loads(arguments)),
     }
 
 
@@ -201,6 +205,8 @@ class _Notes:
         self._extra[self._text(column)] = [self._short(value) for value in listed]
 
     def _log_metric(self, name: str, value: Any) -> None:
+        if name in _OWN_METRICS:
+            raise ValueError(f"log_metric({name!r}): the run itself measures that; choose another name")
         self._metrics[self._text(name)] = _number(value)
 
     def _short(self, value: Any) -> Any:
@@ -239,6 +245,15 @@ def _reward(plugin: str, arguments: str) -> _Reward:
     single = "completion" in inspect.signature(function).parameters
     asynchronous = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     return _Reward(function, given, single, independent, asynchronous)
+
+
+def _settings(plugin: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(load_plugin(plugin, ENTRY_POINTS)).parameters.values()
+    told = (*LISTS, *_SINGLE.values())
+    defaults = {
+        p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty and p.name not in told
+    }
+    return json.loads(json.dumps({**defaults, **arguments}, default=str))
 
 
 def _is_maker(function: Callable[..., Any]) -> bool:

@@ -117,19 +117,31 @@ class RewardPool:
     def _judge(
         self, specs: Sequence[tuple[int, RewardSpec]], prompt: Prompt, completions: list[Completion]
     ) -> Verdicts:
-        """All rewards of one group, in turn: a gate decides who is asked about next."""
-        why = ["its environment failed" if c.finish_reason == "environment" else "" for c in completions]
+        """All rewards of one group, in turn. A completion that does not pass a gate scores 0 behind it, unasked: were
+        it not applicable, normalising the rewards one by one would make it the equal of its group's mean."""
         verdicts: dict[str, tuple[Outcome, ...]] = {}
+        settled: dict[int, Outcome] = {
+            j: Outcome("not_applicable", None, "its environment failed")
+            for j, completion in enumerate(completions)
+            if completion.finish_reason == "environment"
+        }
         for k, spec in specs:
-            row = [Outcome("not_applicable", None, reason or "not for this problem") for reason in why]
-            asked = [j for j, reason in enumerate(why) if not reason] if spec.asks_about(prompt.columns) else []
+            if not spec.asks_about(prompt.columns):
+                verdicts[spec.name] = (Outcome("not_applicable", None, "not for this problem"),) * len(completions)
+                continue
+            row = dict(settled)
+            asked = [j for j in range(len(completions)) if j not in settled]
             if asked:
-                for j, outcome in zip(asked, self._ask(k, prompt, [completions[j] for j in asked]), strict=True):
-                    row[j] = outcome
-                    if outcome.failed or (spec.gate is not None and outcome.kind == "score" and _below(outcome, spec)):
-                        why[j] = f"{spec.name} came before" if spec.gate is not None else why[j]
-                self._see(spec, prompt, [completions[j] for j in asked], [row[j] for j in asked])
-            verdicts[spec.name] = tuple(row)
+                answers = self._ask(k, prompt, [completions[j] for j in asked])
+                row |= zip(asked, answers, strict=True)
+                self._see(spec, [completions[j] for j in asked], answers)
+            for j in asked:
+                score = row[j].score
+                if spec.gate is not None and row[j].failed:
+                    settled[j] = Outcome("not_applicable", None, f"the gate {spec.name} failed")
+                elif spec.gate is not None and score is not None and score < spec.gate:
+                    settled[j] = Outcome("score", 0.0, f"below the gate of {spec.name}")
+            verdicts[spec.name] = tuple(row[j] for j in range(len(completions)))
         return verdicts
 
     def _ask(self, k: int, prompt: Prompt, completions: list[Completion]) -> list[Outcome]:
@@ -168,9 +180,7 @@ class RewardPool:
             else:
                 del self._hosts[node]
 
-    def _see(
-        self, spec: RewardSpec, prompt: Prompt, completions: Sequence[Completion], outcomes: Sequence[Outcome]
-    ) -> None:
+    def _see(self, spec: RewardSpec, completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> None:
         """Raises `RuntimeError` for a reward that answers no more."""
         with self._lock:
             self._examples.see(spec.name, completions, outcomes)
@@ -194,10 +204,6 @@ class RewardPool:
             "completion_ids": [list(c.token_ids) for c in completions],
             "finish_reason": [c.finish_reason for c in completions],
         }
-
-
-def _below(outcome: Outcome, spec: RewardSpec) -> bool:
-    return outcome.score is not None and spec.gate is not None and outcome.score < spec.gate
 
 
 def _absolute(plugin: str) -> str:

@@ -127,9 +127,47 @@ def test_rewards_normalised_one_by_one_are_trl_s_advantages():
     expected = ((sums - sums.nanmean()) / (_nanstd(sums.flatten(), 0) + 1e-4)).nan_to_num(0.0)
     data = assemble(groups, config, step=6)
     torch.testing.assert_close(torch.tensor(data.advantages), expected, atol=1e-5, rtol=1e-5)
-    flat = replace(groups[2], outcomes={"m:a": groups[2].outcomes["m:b"]})
-    assert groups_with_signal(groups, config) == [True] * 5, "the sums are all equal, the rewards are not"
-    assert groups_with_signal([flat], _config()) == [False]
+    assert groups_with_signal(groups, config, 6) == [True] * 5, "the sums are all equal, the rewards are not"
+    assert groups_with_signal([groups[0]], _config(), 6) == [False], "which here are their sums"
+
+
+def _several(scores: dict[str, list[float]]) -> ScoredGroup:
+    count = len(next(iter(scores.values())))
+    completions = tuple(Completion("", (1,) * (2 + 2 * i), (-1.0,) * (2 + 2 * i), "stop", 0) for i in range(count))
+    outcomes = {name: tuple(Outcome("score", s) for s in row) for name, row in scores.items()}
+    totals = tuple(sum(row[i] for row in scores.values()) for i in range(count))
+    return ScoredGroup(Prompt("0", "", (1,), {}), completions, totals, outcomes)
+
+
+def test_what_teaches_nothing_has_no_advantage_where_rewards_are_normalised_one_by_one():
+    algo = {"reward_aggregation": "normalize_then_sum"}
+    rewards = [{"plugin": "m:a"}, {"plugin": "m:b", "weight": {1: 1.0, 10: 0.0}}]
+    groups = [
+        _several({"m:a": [0.0, 1.0, 1.0, 0.0], "m:b": [0.0] * 4}),
+        _several({"m:a": [0.3] * 4, "m:b": [0.7] * 4}),
+        _several({"m:a": [0.3] * 4, "m:b": [1.0, 0.0, 0.0, 0.0]}),
+    ]
+    config = _config(algo=algo, rewards=rewards)
+    assert groups_with_signal(groups, config, 1) == [True, False, True]
+    assert assemble(groups, config, step=1).advantages[1] == [0.0] * 4, "not even by rounding"
+    assert groups_with_signal(groups, config, 10) == [True, False, False], "a reward of weight 0 teaches nothing"
+    assert assemble(groups, config, step=10).advantages[2] == [0.0] * 4
+
+
+def test_penalties_keep_their_size_where_rewards_are_normalised_one_by_one():
+    """A completion is of 2, 4, 6 and 8 tokens, of which the penalty begins at 6 of 10."""
+    groups = [_several({"m:a": [0.0, 1.0, 1.0, 0.0], "m:b": [1.0, 0.0, 1.0, 0.0]})]
+
+    def advantages(penalty: float) -> list[float]:
+        algo = {"reward_aggregation": "normalize_then_sum", "overlong_buffer": 0.4, "overlong_penalty": penalty}
+        config = _config(algo=algo, rewards=[{"plugin": "m:a"}, {"plugin": "m:b"}])
+        return assemble(groups, config, step=1).advantages[0]
+
+    none, small, large = advantages(1e-6), advantages(0.5), advantages(50.0)
+    assert none[0] == pytest.approx(none[1], abs=1e-4), "one of two rewards each"
+    assert none[3] - small[3] > 0.01
+    assert large[3] < small[3] < none[3]
+    assert large[0] == pytest.approx(large[2], abs=0.1), "beside which nothing counts"
 
 
 def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:

@@ -130,11 +130,11 @@ def test_what_is_not_applicable_is_no_fault(plugin: str):
 
 def test_a_gate_keeps_later_rewards_from_being_asked(plugin: str):
     first, second = score(plugin, {"f": "right", "gate": 1.0}, {"f": "asked"}).groups
-    assert first.scores("asked") == (1.0, None, None)
+    assert first.scores("asked") == (1.0, 0.0, 0.0), "behind the gate"
     assert [bool(o.extra) for o in first.outcomes["asked"]] == [True, False, False]
-    assert first.outcomes["asked"][1].detail == "right came before"
+    assert first.outcomes["asked"][1].detail == "below the gate of right"
     assert first.rewards_G == (2.0, 0.0, 0.0)
-    assert second.scores("asked") == (1.0, None, 1.0)
+    assert second.scores("asked") == (1.0, 0.0, 1.0)
     (first, _) = score(plugin, {"f": "raises", "gate": 0.0, "on_failure": "zero"}, {"f": "asked"}).groups
     assert first.scores("asked") == (1.0, None, 1.0), "what failed did not pass"
 

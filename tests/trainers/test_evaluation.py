@@ -283,4 +283,38 @@ def test_several_data_sets_and_every_answer_are_written(
     assert result["stopped"] == pytest.approx(sum(a["finish_reason"] == "stop" for a in greedy) / 6)
     assert result["answers"]["greedy"]["stop"] == ["7"]
     assert result["answers"]["right_from"] == 0.1
+    (judge,) = result["answers"]["rewards"].values()
+    assert judge["plugin"].endswith("variety.py:variety")
+    assert [a["greedy"] for a in answers] == [True] * 6 + [False] * 12
     assert result["answers"]["data"] == {"easy": "arithmetic@eval", "hard": "arithmetic@train"}
+
+
+def test_a_set_may_have_a_reward_of_its_own(run: RunDirectory, tmp_path: Path):
+    """What the others need is not asked for, nor is the training set's."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2", "kind": "sum"}\n')
+    (tmp_path / "two.jsonl").write_text('{"prompt": "1-1=", "answer": "0", "kind": "difference"}\n')
+    (tmp_path / "mine.py").write_text(
+        "def half(completions, marks='?'):\n    return [0.5] * len(completions)\n"
+        "def one(completions, kind):\n    return [1.0] * len(completions)\n"
+        "def unused(completions, nowhere):\n    return [9.0] * len(completions)\n"
+    )
+    rewards = [
+        {"plugin": f"{tmp_path}/mine.py:unused", "name": "unused"},
+        {"plugin": f"{tmp_path}/mine.py:half", "name": "half", "gate": 0.1, "when": {"kind": "sum"}},
+        {"plugin": f"{tmp_path}/mine.py:one", "name": "one", "when": {"kind": ["difference"]}},
+    ]
+    tree = load_config(run.config, []).model_dump(mode="json", by_alias=True)
+    tree |= {"rewards": rewards, "run": {}}
+    tree["data"] |= {"eval": {"a": str(tmp_path / "one.jsonl"), "b": str(tmp_path / "two.jsonl")}}
+    tree["eval"] = {"k": 0, "reward": {"a": "half", "b": "one"}}
+    found = evaluate_policy(parse_config(tree))
+    assert (found.scores["a/accuracy"], found.scores["b/accuracy"], found.scores["accuracy"]) == (0.5, 1.0, 0.75)
+    assert found.answers["rewards"]["half"]["arguments"] == {"marks": "?"}
+    tree["eval"] = {"k": 0, "reward": "half"}
+    with pytest.raises(
+        ConfigError, match=r"data\.eval\.b: accuracy is measured by half, which is for none of its problems"
+    ):
+        evaluate_policy(parse_config(tree))
+    tree["eval"] = {"k": 0, "reward": {"a": "half"}}
+    with pytest.raises(ConfigError, match="give a reward for each"):
+        parse_config(tree)
