@@ -163,11 +163,11 @@ def test_penalties_keep_their_size_where_rewards_are_normalised_one_by_one():
         config = _config(algo=algo, rewards=[{"plugin": "m:a"}, {"plugin": "m:b"}])
         return assemble(groups, config, step=1).advantages[0]
 
-    none, small, large = advantages(1e-6), advantages(0.5), advantages(50.0)
+    none, small, large = advantages(1e-6), advantages(0.5), advantages(500.0)
     assert none[0] == pytest.approx(none[1], abs=1e-4), "one of two rewards each"
     assert none[3] - small[3] > 0.01
-    assert large[3] < small[3] < none[3]
-    assert large[0] == pytest.approx(large[2], abs=0.1), "beside which nothing counts"
+    assert small[3] < none[3]
+    assert max(large[:3]) - min(large[:3]) < 0.1 < max(small[:3]) - min(small[:3]), "beside which nothing counts"
 
 
 def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:
