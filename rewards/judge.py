@@ -16,8 +16,9 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rewards.common import text_of
@@ -43,9 +44,11 @@ PATTERN = r"(?im)^\W*score\W*?(-?\d+(?:\.\d+)?)(?: */ *\d+)?\W*$"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _AGAIN = "That has no score in the form that was asked for. Reply with the score alone, in that form."
 _TABLES = """
+    BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY, requests INTEGER, tokens INTEGER, said INTEGER);
     INSERT OR IGNORE INTO spent VALUES (0, 0, 0, 0);
+    COMMIT;
 """
 _SECONDS_FOR_LOCK = 30.0
 
@@ -56,6 +59,14 @@ class Unreadable(ValueError):
 
 class BudgetSpent(RuntimeError):
     """No more requests or tokens are allowed."""
+
+
+@dataclass
+class _Asked:
+    """A question under way."""
+
+    reply: asyncio.Task[str]
+    waiting: int = 0
 
 
 class Judge:
@@ -73,7 +84,7 @@ class Judge:
         api_key_env: str | None = None,
         template: str = TEMPLATE,
         system: str | None = None,
-        score_range: Sequence[float] = (0, 10),
+        score_range: tuple[float, float] = (0, 10),
         pattern: str = PATTERN,
         structured: bool = False,
         max_tokens: int = 512,
@@ -84,13 +95,14 @@ class Judge:
         store: str | None = None,
         budget_requests: int | None = None,
         budget_tokens: int | None = None,
-        when_spent: str = "none",
+        when_spent: Literal["none", "error"] = "none",
     ) -> None:
         """`model`: the name that the endpoint serves it by. `api_key_env`: the environment variable that has the key;
-        none is sent without. `template`: `{prompt}`, `{completion}`, `{low}`, `{high}` and any column; other braces are
-        text, unless they enclose one word. `pattern`: its first group in its last match is the score. `structured`:
-        instead, the endpoint is made to answer `{"score": N}` with a whole number (`response_format`), without
-        reasoning beforehand. `extra`: further fields of the request, which replace ours, as `temperature`, which is 0.
+        none is sent without, and replies and openai's errors are stripped of it. `template`: `{prompt}`,
+        `{completion}`, `{low}`, `{high}` and any column; other braces are text, unless they enclose one word.
+        `pattern`: its first group in its last match is the score. `structured`: instead, the endpoint is made to answer
+        `{"score": N}` with a whole number (`response_format`), without reasoning beforehand. `extra`: further fields of
+        the request, which replace ours, as `temperature`, which is 0.
 
         `timeout`: seconds of one try; `reward.timeout` is for all tries, the second question, and the wait for a turn.
         `concurrency`: requests under way in each reward process. `store`: an SQLite file on a local disk, for replies,
@@ -103,8 +115,22 @@ class Judge:
         """
         where = "rewards.judge:Judge"
         low, high = score_range
-        if urlsplit(base_url).username is not None:
-            raise ValueError(f"{where}: base_url must not hold a password or key; name a variable in api_key_env")
+        address = urlsplit(base_url)
+        if address.username is not None or address.password is not None or address.query or address.fragment:
+            raise ValueError(
+                f"{where}: base_url must not hold a password, key or query; name a variable in api_key_env"
+            )
+        for name, value, least in [
+            ("max_tokens", max_tokens, 1),
+            ("retries", retries, 0),
+            ("concurrency", concurrency, 1),
+            ("budget_requests", budget_requests, 0),
+            ("budget_tokens", budget_tokens, 0),
+        ]:
+            if value is not None and value < least:
+                raise ValueError(f"{where}: {name}={value} must be at least {least}")
+        if not timeout > 0:
+            raise ValueError(f"{where}: timeout={timeout} must be above 0 seconds")
         if not low < high:
             raise ValueError(f"{where}: score_range={list(score_range)} must be [low, high] with low < high")
         if structured and (low != int(low) or high != int(high) or high - low > 100):
@@ -113,10 +139,12 @@ class Judge:
             raise ValueError(f"{where}: when_spent={when_spent!r} must be none or error")
         if "{completion}" not in template:
             raise ValueError(f"{where}: template has no {{completion}}, so there is nothing to judge")
-        if not structured and re.compile(pattern).groups < 1:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"{where}: pattern={pattern!r} is no regular expression: {error}") from None
+        if not structured and groups < 1:
             raise ValueError(f"{where}: pattern={pattern!r} needs a group around the score")
-        if api_key_env is not None and not os.environ.get(api_key_env):
-            raise ValueError(f"{where}: api_key_env={api_key_env}, and there is no such environment variable")
         self._base_url, self._api_key_env, self._template, self._system = base_url, api_key_env, template, system
         self._low, self._high, self._pattern, self._structured = low, high, pattern, structured
         self._timeout, self._retries, self._concurrency = timeout, retries, concurrency
@@ -127,6 +155,8 @@ class Judge:
             self._fields["response_format"] = _score_format(int(low), int(high))
         self._fields |= extra or {}
         self._users = 0
+        self._under_way: dict[str, _Asked] = {}
+        self._key()
 
     def setup(self) -> None:
         """Open the store."""
@@ -155,8 +185,7 @@ class Judge:
             if reply is not None:
                 counts["cache_hits"] = 1
             else:
-                reply = await self._ask(messages, counts)
-                self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
+                reply = await self._shared(key, messages, counts)
         except BudgetSpent:
             counts["over_budget"] = 1
             if self._none_when_spent:
@@ -178,8 +207,26 @@ class Judge:
                 return found[0]
         return None
 
-    async def _ask(self, messages: list[dict[str, str]], counts: dict[str, int]) -> str:
-        """A reply with a score in it."""
+    async def _shared(self, key: str, messages: list[dict[str, str]], counts: dict[str, int]) -> str:
+        """The reply, or the error, of one question for all who ask it at a time. Given up when all of them are."""
+        asked = self._under_way.get(key)
+        if asked is None or asked.reply.done():
+            asked = self._under_way[key] = _Asked(asyncio.create_task(self._ask(key, messages, counts)))
+        else:
+            counts["cache_hits"] = 1
+        asked.waiting += 1
+        try:
+            return await asyncio.shield(asked.reply)
+        finally:
+            asked.waiting -= 1
+            if not asked.waiting:
+                if self._under_way.get(key) is asked:
+                    del self._under_way[key]
+                if asked.reply.cancel():
+                    await asyncio.wait([asked.reply])
+
+    async def _ask(self, key: str, messages: list[dict[str, str]], counts: dict[str, int]) -> str:
+        """A reply with a score in it, which is kept."""
         reply = await self._request(messages, counts)
         try:
             self._score(reply)
@@ -188,24 +235,57 @@ class Judge:
             again = [{"role": "assistant", "content": reply or "(cut off)"}, {"role": "user", "content": _AGAIN}]
             reply = await self._request([*messages, *again], counts)
             self._score(reply)
+        self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
         return reply
 
     async def _request(self, messages: list[dict[str, str]], counts: dict[str, int]) -> str:
         """The text of one reply, empty where it was cut: half a number is no score."""
+        from openai import OpenAIError
+
         async with self._connection() as (client, turns), turns:
             self._spend()
             counts["requests"] += 1
-            # As extra_body, so that fields reach the endpoint which openai's client does not know.
-            answer: Any = await client.chat.completions.create(
-                model=self._fields["model"], messages=messages, extra_body=self._fields
-            )
+            try:
+                # As extra_body, so that fields reach the endpoint which openai's client does not know.
+                answer: Any = await client.chat.completions.create(
+                    model=self._fields["model"], messages=messages, extra_body=self._fields
+                )
+            except (OpenAIError, ValueError) as error:
+                self._hide_key(error)
+                raise
         if not getattr(answer, "choices", None):
-            raise Unreadable(f"{self._base_url} answered with no chat completion: {str(answer)[:200]!r}")
+            said = self._without_key(str(answer))[:200]
+            raise Unreadable(f"{self._base_url} answered with no chat completion: {said!r}")
         tokens = answer.usage.total_tokens if answer.usage is not None else 0
         counts["tokens"] += tokens
         self._database.execute("UPDATE spent SET tokens = tokens + ?", (tokens,))
         choice = answer.choices[0]
-        return (choice.message.content or "") if choice.finish_reason != "length" else ""
+        return self._without_key(choice.message.content or "") if choice.finish_reason != "length" else ""
+
+    def _key(self) -> str:
+        """What is sent as the key. Always one of ours: openai's client would send the one in OPENAI_API_KEY to whatever
+        endpoint this is."""
+        if self._api_key_env is None:
+            return "none"
+        key, where = os.environ.get(self._api_key_env), f"rewards.judge:Judge: api_key_env={self._api_key_env}"
+        if not key:
+            raise ValueError(f"{where}, and there is no such environment variable")
+        if not re.fullmatch(r"[!-~]+", key):  # httpx's error would show it
+            raise ValueError(f"{where}: the variable must hold printable ASCII without spaces")
+        return key
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key(), "***") if self._api_key_env is not None else text
+
+    def _hide_key(self, error: BaseException) -> None:
+        """Endpoints echo what they were sent; an error is logged and kept in the run's files."""
+        link: BaseException | None = error
+        while link is not None:
+            link.args = tuple(self._without_key(a) if isinstance(a, str) else a for a in link.args)
+            for name, value in list(vars(link).items()):  # openai's message and body, a JSONDecodeError's doc
+                if isinstance(value, str | dict | list) and (hidden := self._without_key(str(value))) != str(value):
+                    setattr(link, name, hidden)
+            link = link.__cause__ or link.__context__
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[tuple[Any, asyncio.Semaphore]]:
@@ -214,10 +294,8 @@ class Judge:
         from openai import AsyncOpenAI  # takes a second
 
         if self._users == 0:
-            # Always a key of ours: the client would send the one in OPENAI_API_KEY to whatever endpoint this is.
-            key = os.environ[self._api_key_env] if self._api_key_env is not None else "none"
             self._client = AsyncOpenAI(
-                base_url=self._base_url, api_key=key, timeout=self._timeout, max_retries=self._retries
+                base_url=self._base_url, api_key=self._key(), timeout=self._timeout, max_retries=self._retries
             )
             self._turns = asyncio.Semaphore(self._concurrency)
         client, turns = self._client, self._turns

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rewards.common import independent, text_of
-from rewards.math_answers import Group, Named, Raw, Words, read
-from rewards.math_equality import PERCENT, equal, readable
+from rewards.math_answers import Group, Text, read
+from rewards.math_equality import Percent, equal, readable
 
-EXTRACT = ("auto", "boxed", "marker", "answer_tag", "last_number")
-WHICH = ("last", "first")
+Extract = Literal["auto", "boxed", "marker", "answer_tag", "last_number"]
+Which = Literal["last", "first"]
 LIMIT = 20_000
 """Characters of a completion that are searched: its last ones, or its first ones with `which: first`."""
 NEAR = 2_000
@@ -33,22 +32,23 @@ _EXPRESSION = re.compile(
     rf"{_SPAN}|(?P<fraction>-?\\[dt]?frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})|(?P<number>{_NUMBER.pattern})", re.DOTALL
 )
 _ANCHOR = re.compile(
-    r"\banswer\b\**\s*(?:is\b|[:=])(?:[\s:*=]|\b(?:therefore|thus|then|simply|just)\b)*(?P<answer>[^\n]{1,400})",
+    r"(?:\b(?:answer|correct (?:option|choice))\b\**\s*(?:is\b|[:=])|答案\s*[是为:：])"
+    r"(?:[\s:*=]|\b(?:therefore|thus|then|simply|just)\b)*(?P<answer>[^\n]{1,400})",
     re.IGNORECASE,
 )
-_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}[^a-zA-Z{(]*\s[^a-zA-Z]*|\n\s*\S")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}[^a-zA-Z{(]*\s[^a-zA-Z]*|\n\s*\S|[\u3040-\u9fff]")
 """Words in a row, or several lines: no bare answer."""
-_SENTENCE = re.compile(r"(?<=[\w)}$%])\.(?:\s|$)")
+_SENTENCE = re.compile(r"(?<=[\w)}$%])\.(?:\s|$)|。")
 
 
 @independent
 def accuracy(
     completions: list[Any],
     answer: list[Any],
-    extract: str = "auto",
-    which: str = "last",
+    extract: Extract = "auto",
+    which: Which = "last",
     marker: str = "####",
-    percent: str = "either",
+    percent: Percent = "either",
     log_extra: Callable[[str, list[Any]], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
@@ -63,9 +63,11 @@ def accuracy(
     `None` (not applicable) where the gold answer itself cannot be read. The column `extracted` gets one text for equal
     answers so far as is practical, '' where there is none. Raises `ValueError` for an unknown policy.
     """
-    _known("extract", extract, EXTRACT)
-    _known("which", which, WHICH)
-    _known("percent", percent, PERCENT)
+    for name, value, kind in (("extract", extract, Extract), ("which", which, Which), ("percent", percent, Percent)):
+        if value not in get_args(kind):
+            raise ValueError(
+                f"{name}={value!r} of rewards.math:accuracy is unknown; choose from {', '.join(get_args(kind))}"
+            )
     if not marker.strip():
         raise ValueError(f"marker={marker!r} of rewards.math:accuracy must not be blank")
     texts = [extracted(text_of(completion), extract, which, marker) for completion in completions]
@@ -77,37 +79,28 @@ def accuracy(
     ]
 
 
-def extracted(text: str, extract: str = "auto", which: str = "last", marker: str = "####") -> str | None:
+def extracted(text: str, extract: Extract = "auto", which: Which = "last", marker: str = "####") -> str | None:
     """The text of a completion's answer, as it was written; `None` if it has none."""
     text = text.partition("</think>")[2] or text
-    text = text[-LIMIT:] if which == "last" else text[:LIMIT]
-    pick = -1 if which == "last" else 0
+    text, pick = (text[-LIMIT:], -1) if which == "last" else (text[:LIMIT], 0)
     if extract == "answer_tag":
-        tags = _TAG.findall(text)
-        return _phrase(tags[pick], pick) if tags else None
-    if extract == "last_number":
-        numbers = _NUMBER.findall(text)
-        return numbers[pick] if numbers else None
-    if extract in ("auto", "boxed"):
-        boxes = _boxes(text)
-        if boxes or extract == "boxed":
-            return boxes[pick] if boxes else None
-    marked = [_phrase(line, pick) for line in _marked(text, marker)]
-    if extract == "auto":
-        marked = [
-            phrase for phrase in marked if not isinstance(read(phrase), (Words, Raw))
-        ]  # `#### Step 2` is a heading
-    if marked or extract == "marker":
-        return (marked[pick] or None) if marked else None
-    return _expression(text, pick)
+        found = [_phrase(tag, pick) for tag in _TAG.findall(text)]
+    elif extract == "last_number":
+        found = _NUMBER.findall(text)
+    elif extract == "marker":
+        found = _marked(text, marker, pick)
+    else:
+        found = _boxes(text)
+    if extract == "auto" and not found:  # `#### Step 2` is a heading
+        found = [phrase for phrase in _marked(text, marker, pick) if not isinstance(read(phrase), Text)]
+        return found[pick] if found else _unmarked(text.strip(), pick)
+    return (found[pick] or None) if found else None
 
 
-@lru_cache(maxsize=8192)
 def spelling(text: str) -> str:
     """One text for equal answers, so far as is practical: answers of different texts may still be equal. The reverse
     holds, but that the name of `x = 5` is left out and units are converted."""
-    answer = read(text)
-    return str(answer.value if isinstance(answer, Named) else answer)
+    return str(read(text))
 
 
 def last_boxed(text: str) -> str | None:
@@ -116,18 +109,12 @@ def last_boxed(text: str) -> str | None:
     return boxes[-1] if boxes else None
 
 
-def _score(text: str | None, gold: str, marker: str, percent: str) -> float | None:
-    wanted = read(_gold_text(gold, marker))
+def _score(text: str | None, gold: str, marker: str, percent: Percent) -> float | None:
+    boxed = last_boxed(gold)  # a data set's gold answer may be a whole solution
+    wanted = read(gold.rpartition(marker)[2] if boxed is None else boxed)
     if not readable(wanted):
         return None
     return float(text is not None and bool(text.strip()) and equal(wanted, read(text), percent))
-
-
-@lru_cache(maxsize=4096)
-def _gold_text(gold: str, marker: str) -> str:
-    """The answer of a whole solution, as data sets give it: its box, or what follows its last marker."""
-    boxed = last_boxed(gold)
-    return boxed if boxed is not None else gold.rpartition(marker)[2]
 
 
 def _boxes(text: str) -> list[str]:
@@ -147,9 +134,9 @@ def _boxes(text: str) -> list[str]:
     return [found[start] for start in sorted(found)]
 
 
-def _marked(text: str, marker: str) -> list[str]:
-    """The rest of the line after each marker; of the next line, if there is no rest."""
-    return [part.lstrip().partition("\n")[0].strip() for part in text.split(marker)[1:]]
+def _marked(text: str, marker: str, pick: int) -> list[str]:
+    """What the rest of the line after each marker states; or the next line, if there is no rest."""
+    return [_phrase(part.lstrip().partition("\n")[0], pick) for part in text.split(marker)[1:]]
 
 
 def _phrase(line: str, pick: int) -> str:
@@ -162,7 +149,7 @@ def _phrase(line: str, pick: int) -> str:
     return _SENTENCE.split(line, maxsplit=1)[0].strip()
 
 
-def _expression(text: str, pick: int) -> str | None:
+def _unmarked(text: str, pick: int) -> str | None:
     """An answer that nothing marks: after "answer is", else the last (or first) formula or number."""
     if "\\boxed" in text:
         return None  # it was cut off in its box
@@ -174,25 +161,15 @@ def _expression(text: str, pick: int) -> str | None:
         if _stands_alone(phrase):
             return phrase
         if span := _EXPRESSION.search(line):
-            return _content(span)
-    spans = list(_EXPRESSION.finditer(text))
-    return _content(spans[pick]) if spans else None
+            return span[span.lastgroup or 0]
+    spans = [match[match.lastgroup or 0] for match in _EXPRESSION.finditer(text)]
+    return spans[pick] if spans else None
 
 
 def _stands_alone(phrase: str) -> bool:
     """Whether it is an answer and nothing else, so far as one can see: mathematics, or up to three words."""
     answer = read(phrase)
-    if isinstance(answer, Words):
-        return 0 < len(answer.text.split()) < 4
-    if isinstance(answer, Group) and len({isinstance(item, Words) for item in answer.items}) == 2:
-        return answer.ordered  # `(0, ∞)`, but not `5, which is odd`
-    return not isinstance(answer, Raw)
-
-
-def _content(match: re.Match[str]) -> str:
-    return next(group for group in match.groupdict().values() if group is not None)
-
-
-def _known(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{setting}={value!r} of rewards.math:accuracy is unknown; choose from {', '.join(choices)}")
+    items = answer.items if isinstance(answer, Group) and not answer.ordered else (answer,)
+    texts = [item for item in items if isinstance(item, Text)]
+    short = all(text.prose and len(text.text.split()) < 4 for text in texts)
+    return short and len(texts) in (0, len(items))  # not `5, which is odd`

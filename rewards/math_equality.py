@@ -1,191 +1,139 @@
 """Whether two answers are equal.
 
 Numbers, groups and words are compared as what they are; expressions by their values at fixed places, so that nothing is
-simplified or solved. math-verify compares what `rewards.math_answers` could not read, of the kinds that cannot take it
-long.
+simplified or solved. The algebra of sets is math-verify's.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-import sympy
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify import LatexExtractionConfig, parse, verify
 
-from rewards.math_answers import Answer, Group, Named, Number, Raw, Relation, Symbolic, Words
-from rewards.math_expressions import POINTS, constant, names
+from rewards.math_answers import Answer, Group, Number, Relation, Text
+from rewards.math_expressions import Symbolic, Value, near, scaled
 
 # It warns that no alarm is set, at its first call in each process: a reward's worker can be killed.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-PERCENT = ("either", "value", "number")
-CLOSE = Fraction(1, 10**6)
+Percent = Literal["either", "value", "number"]
+
+ROUNDED = Fraction(1, 10**6)
 """Largest relative error of a decimal that stands for a number which no decimal states exactly."""
-EXACT = Fraction(1, 10**18)
-"""Of numbers computed to 30 digits."""
+_NUMBER = r"-?\d{1,9}(?:/\d{1,9})?"
+_SET = rf"(?:[(\[](?:{_NUMBER}|-∞), (?:{_NUMBER}|∞)[)\]]|\{{{_NUMBER}(?:, {_NUMBER}){{0,9}}\}})"
+_SETS = re.compile(rf"{_SET}(?: [∪∖] {_SET}){{0,4}}")
+"""Intervals and sets of rational numbers, as they are spelt, and too few to take math-verify long."""
+_LATEX = str.maketrans({"∞": "\\infty ", "∪": "\\cup ", "∖": "\\setminus ", "{": "\\{", "}": "\\}"})
 
-_LATEX = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-_CHEAP = (sympy.Add, sympy.Mul, sympy.Symbol, sympy.NumberSymbol, sympy.Tuple, sympy.Set, sympy.Rel, sympy.logic.And)
 
-
-@lru_cache(maxsize=8192)
 def readable(gold: Answer) -> bool:
     """Whether completions can be held against it: there is something, and it is not broken LaTeX."""
-    if not isinstance(gold, (Words, Raw)):
-        return True
-    return bool(gold.text) and (isinstance(gold, Words) or gold.verbatim or bool(_sympy(_latex(gold))))
+    text = gold.text if isinstance(gold, Text) else "x"
+    return text.count("{") == text.count("}") and bool(re.search(r"\w|∞", text))
 
 
 @lru_cache(maxsize=16384)
-def equal(gold: Answer, answer: Answer, percent: str = "either") -> bool:
+def equal(gold: Answer, answer: Answer, percent: Percent = "either") -> bool:
     """Whether the answer is right. The order matters: a gold answer without a unit or a name accepts any.
 
     `percent`: what `50%` equals: its `value`, 0.5; the `number` before the sign, 50; or `either`.
     """
     if _same(gold, answer, percent):
         return True
-    opaque = isinstance(gold, Raw) or isinstance(answer, Raw)
-    if not opaque or any(isinstance(a, Words) or (isinstance(a, Raw) and a.verbatim) for a in (gold, answer)):
-        return False
-    found, wanted = _sympy(_latex(answer)), _sympy(_latex(gold))
-    return bool(found) and bool(wanted) and verify(list(wanted), list(found), timeout_seconds=0)
+    return isinstance(gold, Group) and isinstance(answer, Group) and _same_sets(str(gold), str(answer))
 
 
-def _same(gold: Answer, answer: Answer, percent: str) -> bool:
+def _same(gold: Answer, answer: Answer, percent: Percent) -> bool:
     if gold == answer:
         return True
-    if isinstance(gold, Named) and isinstance(answer, Named):
-        if gold.name == answer.name and _same(gold.value, answer.value, percent):
+    if isinstance(gold, Relation) and isinstance(answer, Relation):
+        if gold.value and answer.value and gold.name == answer.name and _same(gold.value, answer.value, percent):
             return True
-        return (
-            gold.relation is not None and answer.relation is not None and _proportional(gold.relation, answer.relation)
-        )
-    if isinstance(gold, (Named, Relation)) and isinstance(answer, (Named, Relation)):
-        relations = [a.relation if isinstance(a, Named) else a for a in (gold, answer)]
-        return relations[0] is not None and relations[1] is not None and _proportional(relations[0], relations[1])
-    if isinstance(answer, Named):
-        return _same(gold, answer.value, percent)
-    if isinstance(gold, Named):
-        return _same(gold.value, answer, percent)
+        return _proportional(gold, answer)
+    if isinstance(gold, Relation):
+        return bool(gold.value) and _same(gold.value, answer, percent)
+    if isinstance(answer, Relation):
+        return bool(answer.value) and _same(gold, answer.value, percent)
     if isinstance(gold, Group) or isinstance(answer, Group):
         return _same_group(gold, answer, percent)
     if isinstance(gold, Number) and isinstance(answer, Number):
         return _same_number(gold, answer, percent)
-    if isinstance(gold, (Symbolic, Number)) and isinstance(answer, (Symbolic, Number)):
-        return _same_values(_values(gold), _values(answer))  # `\sin^2 x + \cos^2 x` is 1
-    if isinstance(gold, (Words, Raw)) and isinstance(answer, (Words, Raw)):
-        return gold.text.casefold() == answer.text.casefold() if len(gold.text) > 1 else gold.text == answer.text
-    if isinstance(gold, (Symbolic, Words)) and isinstance(answer, (Symbolic, Words)):
-        return gold.text.strip("()") == answer.text.strip("()")
-    return False
+    if isinstance(gold, Symbolic) and isinstance(answer, Symbolic):
+        pairs = _defined(gold, answer)
+        return bool(pairs) and all(near(g, a) for g, a in pairs)
+    return isinstance(gold, Text) and isinstance(answer, Text) and gold.letters == answer.letters
 
 
-def _same_number(gold: Number, answer: Number, percent: str) -> bool:
+def _same_number(gold: Number, answer: Number, percent: Percent) -> bool:
+    wanted, found = gold.value, answer.value
     if gold.unit and answer.unit:
         if gold.unit != answer.unit:
             return False
-        factors = gold.factor, answer.factor
-    else:
-        factors = Fraction(1), Fraction(1)
-    for a in _scales(gold, answer, percent):
-        if all(_close(g * factors[0], x * factors[1] * a, gold, answer) for g, x in
-               ((gold.real, answer.real), (gold.imaginary, answer.imaginary))):  # fmt: skip
-            return True
-    return False
+        wanted, found = scaled(wanted, gold.factor), scaled(found, answer.factor)
+    scales = {Fraction(1)}  # what the answer is multiplied by before it is held against the gold one
+    if gold.percent != answer.percent:
+        by_value = Fraction(1, 100) if answer.percent else Fraction(100)
+        scales = {"either": {by_value, *scales}, "value": {by_value}, "number": scales}[percent]
+    rounded = gold.decimal != answer.decimal and _endless((answer if gold.decimal else gold).value)
+    return any(near(wanted, scaled(found, scale), ROUNDED if rounded else None) for scale in scales)
 
 
-def _scales(gold: Number, answer: Number, percent: str) -> Iterator[Fraction]:
-    """What the answer is multiplied by before it is held against the gold one."""
-    if gold.percent == answer.percent:
-        yield Fraction(1)
-        return
-    if percent != "number":
-        yield Fraction(1, 100) if answer.percent else Fraction(100)
-    if percent != "value":
-        yield Fraction(1)
-
-
-def _close(gold: Fraction, answer: Fraction, g: Number, a: Number) -> bool:
-    difference, size = abs(gold - answer), abs(gold)
-    if g.decimal != a.decimal and _endless(a if g.decimal else g):
-        return difference <= size * CLOSE
-    return difference <= (0 if g.exact and a.exact else size * EXACT)
-
-
-def _endless(number: Number) -> bool:
+def _endless(value: Value) -> bool:
     """Whether no decimal states it exactly."""
-    rest = number.real.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return not number.exact or rest != 1
-
-
-def _values(answer: Symbolic | Number) -> tuple[Any, ...]:
-    return answer.values if isinstance(answer, Symbolic) else (constant(answer.real, answer.imaginary),) * POINTS
-
-
-def _same_values(gold: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
-    pairs = [(g, a) for g, a in zip(gold, answer, strict=True) if g is not None and a is not None]
-    return bool(pairs) and all(_near(g, a) for g, a in pairs)
-
-
-def _near(a: Any, b: Any) -> bool:
-    return abs(a - b) <= (abs(a) + abs(b)) * 1e-18
+    return not isinstance(value, Fraction) or 10 ** value.denominator.bit_length() % value.denominator != 0
 
 
 def _proportional(gold: Relation, answer: Relation) -> bool:
     """Whether one relation is the other times a constant, which for inequalities is positive."""
-    if gold.sign != answer.sign or names(gold.difference.tree) != names(answer.difference.tree):
+    if gold.difference is None or answer.difference is None:
         return False
-    pairs = zip(gold.difference.values, answer.difference.values, strict=True)
-    ratios = [a / g for g, a in pairs if g is not None and a is not None and g != 0]
-    if not ratios or not all(_near(ratio, ratios[0]) for ratio in ratios) or ratios[0] == 0:
+    if gold.sign != answer.sign or gold.difference.names != answer.difference.names:
         return False
-    return gold.sign in "=≠" or (getattr(ratios[0], "imag", 0) == 0 and getattr(ratios[0], "real", ratios[0]) > 0)
+    ratios = [a / g for g, a in _defined(gold.difference, answer.difference) if g and a]
+    positive = gold.sign in "=≠" or all(getattr(r, "imag", 0) == 0 and r.real > 0 for r in ratios)
+    return bool(ratios) and all(near(ratio, ratios[0]) for ratio in ratios) and positive
 
 
-def _same_group(gold: Answer, answer: Answer, percent: str) -> bool:
+def _defined(gold: Symbolic, answer: Symbolic) -> list[tuple[Value, Value]]:
+    """Values at the places where both have one."""
+    pairs = zip(gold.values, answer.values, strict=True)
+    return [(g, a) for g, a in pairs if g is not None and a is not None]
+
+
+def _same_group(gold: Answer, answer: Answer, percent: Percent) -> bool:
     golds, answers = (a if isinstance(a, Group) else Group("{}", (a,)) for a in (gold, answer))
-    if golds.ordered != answers.ordered or (golds.ordered and golds.fences != answers.fences):
+    wanted, found = golds.items, answers.items
+    if golds.fences == answers.fences == "≈":
+        return _same(wanted[0], found[0], percent)
+    if golds.fences == "≈":
+        return any(_same(form, answer, percent) for form in wanted)
+    if answers.fences == "≈":
+        return any(_same(gold, form, percent) for form in found)
+    both = {golds.fences: wanted, answers.fences: found}
+    names = {item.name for item in both.get("{}", ()) if isinstance(item, Relation)}
+    assigned = both.keys() == {"()", "{}"} and len(names) == len(both["{}"])  # `x = 1, y = 2`
+    if golds.fences != answers.fences and not assigned:
         return False
-    if golds.ordered:
-        pairs = zip(golds.items, answers.items, strict=False)
-        return len(golds.items) == len(answers.items) and all(_same(g, a, percent) for g, a in pairs)
-    if golds.fences != answers.fences:
-        return False
-    wanted, found = list(dict.fromkeys(golds.items)), list(dict.fromkeys(answers.items))
+    if golds.ordered or assigned:
+        return len(wanted) == len(found) and all(_same(g, a, percent) for g, a in zip(wanted, found, strict=True))
     return all(any(_same(g, a, percent) for a in found) for g in wanted) and all(
         any(_same(g, a, percent) for g in wanted) for a in found
     )
 
 
+def _same_sets(gold: str, answer: str) -> bool:
+    """Whether a union or difference is the same set as what is written otherwise."""
+    if not re.search("[∪∖]", gold + answer) or not _SETS.fullmatch(gold) or not _SETS.fullmatch(answer):
+        return False
+    return verify(list(_parsed(gold)), list(_parsed(answer)), timeout_seconds=0)
+
+
 @lru_cache(maxsize=4096)
-def _sympy(latex: str) -> tuple[Any, ...]:
-    """What math-verify reads; nothing where its comparison could take long."""
-    if len(latex) > 200 or re.search(r"!|binom|choose|\\(?:sum|prod|int|lim|det|gcd|lcm)(?![a-z])", latex):
-        return ()
-    found = parse(f"\\boxed{{{latex}}}", extraction_config=_LATEX, fallback_mode="no_fallback", parsing_timeout=0)
-    return tuple(found) if all(_cheap(expression) for expression in found) else ()
-
-
-def _cheap(expression: Any) -> bool:
-    nodes = list(sympy.preorder_traversal(expression)) if isinstance(expression, sympy.Basic) else []
-    return 0 < len(nodes) < 60 and all(
-        isinstance(node, (*_CHEAP, sympy.core.function.AppliedUndef, sympy.Abs))
-        or (isinstance(node, sympy.Number) and node.is_finite and abs(node) < 10**30)
-        or (isinstance(node, sympy.Pow) and node.exp.is_number and node.exp.is_Rational and abs(node.exp) <= 12)
-        or node in (sympy.oo, -sympy.oo, sympy.I, sympy.true, sympy.false)
-        for node in nodes
-    )
-
-
-def _latex(answer: Answer) -> str:
-    """As math-verify reads it."""
-    text = answer.text if isinstance(answer, (Raw, Words, Symbolic)) else str(answer)
-    return text.replace("∞", "\\infty ").replace("∪", "\\cup ").replace("∈", "\\in ").replace("{}", "\\emptyset ")
+def _parsed(sets: str) -> tuple[Any, ...]:
+    latex = f"\\boxed{{{sets.translate(_LATEX)}}}"
+    return tuple(parse(latex, [LatexExtractionConfig()], "no_fallback", parsing_timeout=0))

@@ -1,4 +1,4 @@
-"""A small reader and evaluator of school algebra in LaTeX or plain text.
+"""A small reader of school algebra in LaTeX or plain text, which evaluates what it reads.
 
 It does a known amount of work on any text of bounded length: nothing is simplified or solved, and numbers that would
 grow out of hand are refused. Rational arithmetic is exact; everything else has 30 digits.
@@ -7,17 +7,16 @@ grow out of hand are refused. Rational arithmetic is exact; everything else has 
 from __future__ import annotations
 
 import math
+import operator
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import sympy
 from mpmath.ctx_mp import MPContext
 
-Tree = tuple[Any, ...]
-"""`("number", Fraction)`, `("name", str)`, or an operation and its operands."""
 Value = Any
 """`Fraction` where arithmetic stayed rational, else a number of `_mp`."""
 
@@ -26,125 +25,133 @@ _mp.dps = 30
 MAX_BITS = 14_000
 """Longest number that is computed, and largest binary exponent: Python refuses to print longer ones."""
 MAX_DEPTH = 25
-MAX_TERMS = 200
-"""Of an expression that is expanded."""
+EXACT = Fraction(1, 10**18)
+"""Largest relative error of a number computed to 30 digits."""
 POINTS = 3
 """How many places symbolic expressions are compared at."""
 
-_TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\[{}|]|\S)")
-_NUMBER = re.compile(r"\d|\.\d")
+_TOKEN = re.compile(
+    r"\s*(\d*\.\d*\\(?:overline|bar|dot)\s*\{?\d+\}?|(?:1|\d*\.\d+)[eE][-+]?\d{1,3}(?!\w)"
+    r"|\d+[eE](?:[-+]\d)?\d{1,3}(?!\w)|\d*\.\d+|\d+|\\text\{[^{}]*\}|\\[a-zA-Z]+|\\[{}|]|\S)"
+)  # `1e-3` is a number, `2e-1` has Euler's
+_NUMBER = re.compile(r"\.?\d")
+_PROPER = re.compile(r"\\frac \{ (\d+) \} \{ (\d+) \}|(\d+) / (\d+)")
 _GREEK = re.compile(
-    "(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi"
-    "|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega)|ell|hbar"
+    r"\\(?:(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi"
+    "|chi|psi|omega)|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell|hbar)"
 )
-_DECORATION = re.compile("overline|bar|vec|hat|widehat|tilde|over(?:left)?rightarrow|mathbf|angle|triangle")
-_FUNCTIONS = {  # LaTeX: (mpmath, sympy)
-    **{f: (f, f) for f in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp")},
-    **{f"arc{f}": (f"a{f}", f"a{f}") for f in ("sin", "cos", "tan", "cot", "sec", "csc")},
-    "ln": ("log", "log"),
-    "log": ("log", "log"),
-    "lg": ("log", "log"),
+_DECORATION = re.compile(r"\\(?:overline|bar|vec|hat|widehat|tilde|over(?:left)?rightarrow|angle|triangle)")
+_FUNCTIONS = {  # LaTeX: mpmath
+    **{f: f for f in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln")},
+    **{f"arc{f}": f"a{f}" for f in ("sin", "cos", "tan", "cot", "sec", "csc")},
+    "log": "ln",
+    "lg": "ln",
 }
-_FENCES = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lvert": "\\rvert", "\\lfloor": "\\rfloor"}
-_FENCES["\\lceil"] = "\\rceil"
-_FENCED = {"|": "abs", "\\lvert": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}
+_FENCES = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
+_ROUNDING: dict[str, Callable[[Value], Any]] = {"\\lfloor": _mp.floor, "\\lceil": _mp.ceil}
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
-class Unread(ValueError):
-    """The text is no expression of those read here."""
+class Unread(Exception):
+    """The text is no expression of those read here, or its value is not worth having."""
 
 
-class TooCostly(Unread):
-    """It is, and its value is not worth having."""
+@dataclass(frozen=True)
+class Symbolic:
+    """An expression by its values."""
+
+    names: frozenset[str]
+    """Variables; `e` and `i` are numbers."""
+    values: tuple[Value | None, ...]
+    """At `POINTS` places; `None` where it has none there."""
+    decimal: bool = field(compare=False)
+    """A decimal point was read."""
+
+    def __str__(self) -> str:
+        places = ", ".join("?" if value is None else digits(value, 10) for value in self.values)
+        return f"expression in {', '.join(sorted(self.names))}: {places}"
 
 
-def parse(text: str) -> Tree:
-    """The tree of an expression. Raises `Unread`."""
-    parser = _Parser(_TOKEN.findall(text))
-    tree = parser.sum()
-    if parser.next is not None:
-        raise Unread(text)
-    return tree
+def evaluate(text: str) -> Symbolic:
+    """The values of an expression: over the real numbers, if it has any there. Raises `Unread` if it has none."""
+    tokens = _TOKEN.findall(text)
+    decimal = any("." in token and "\\" not in token for token in tokens)
+    for real in (True, False):
+        readers = [_Reader(tokens, point, real) for point in range(POINTS)]
+        values = [reader.value() for reader in readers]
+        if any(value is not None for value in values):
+            return Symbolic(frozenset().union(*(reader.names for reader in readers)), tuple(values), decimal)
+    raise Unread(text)
 
 
-def names(tree: Tree) -> frozenset[str]:
-    """Variables of an expression; `e` and `i` are numbers."""
-    if tree[0] == "name":
-        return frozenset({tree[1]})
-    return frozenset().union(*(names(part) for part in tree[1:] if isinstance(part, tuple)))
+def apart(a: Value, b: Value) -> Value:
+    return abs(_inexact(a) - _inexact(b))
 
 
-def evaluate(tree: Tree, point: int = 0) -> Value:
-    """Its value with the variables at one of `POINTS` fixed places. Raises `Unread`."""
-    try:
-        return _evaluate(tree, point)
-    except (ZeroDivisionError, ValueError, OverflowError, TypeError) as error:
-        raise error if isinstance(error, Unread) else Unread(str(error)) from error
+def near(a: Value, b: Value, relative: Fraction | None = None) -> bool:
+    """By default, whether two fractions, or numbers that were computed to 30 digits, are the same."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return abs(a - b) <= max(abs(a), abs(b)) * (relative or 0)
+    a, b = _inexact(a), _inexact(b)
+    return abs(a - b) <= max(abs(a), abs(b)) * _inexact(relative or EXACT)
 
 
-def values(tree: Tree) -> tuple[Value | None, ...]:
-    """At each of the places; `None` where it has none there. Raises `Unread` if it has none anywhere."""
-    found = []
-    for point in range(POINTS):
-        try:
-            found.append(_inexact(evaluate(tree, point)))
-        except TooCostly:
-            raise
-        except Unread:
-            found.append(None)
-    if found.count(None) == POINTS:
-        raise Unread("no value")
-    return tuple(found)
-
-
-def constant(real: Fraction, imaginary: Fraction) -> Value:
-    """A number as `values` gives them."""
-    return _mp.mpc(_inexact(real), _inexact(imaginary)) if imaginary else _inexact(real)
-
-
-def exact_parts(value: Value) -> tuple[Fraction, Fraction, bool]:
-    """Real part, imaginary part, and whether they are exact: a value within rounding of a simple fraction is one."""
+def simple(value: Value) -> Value:
+    """The fraction of a small denominator that a number is within rounding of, else the number."""
     if isinstance(value, Fraction):
-        return value, Fraction(0), True
-    value = _mp.mpc(value)
-    parts, exact = [], True
-    scale = abs(value)
-    if not _mp.isfinite(scale):
+        return value
+    value = _mp.chop(value, _mp.mpf(10) ** -28)
+    if not _mp.isfinite(value):
         raise Unread("infinite")
-    for part in (value.real, value.imag):
-        if abs(part) <= scale * _mp.mpf(10) ** -24:
-            parts.append(Fraction(0))
-            continue
-        mantissa, exponent = part.man_exp
-        if abs(exponent) > MAX_BITS:
-            raise TooCostly("magnitude")
-        number = Fraction(mantissa) * Fraction(2) ** exponent * (1 if part > 0 else -1)
-        simple = number.limit_denominator(1000)
-        if abs(number - simple) <= abs(number) * Fraction(1, 10**24):
-            number = simple
-        else:
-            exact = False
-        parts.append(number)
-    return parts[0], parts[1], exact
+    if isinstance(value, _mp.mpc):
+        return value
+    rounded = Fraction(str(_mp.nstr(value, 30))).limit_denominator(1000)
+    return rounded if near(rounded, value) else value
 
 
-def spelled(tree: Tree) -> str | None:
-    """One text for expressions that expand to the same; `None` where that could take long."""
-    try:
-        if _terms(tree) > MAX_TERMS:
-            return None
-        found = _to_sympy(tree)
-        return str(sympy.cancel(found) if _quotient(tree) else sympy.expand(found))
-    except (Unread, ValueError, TypeError, ZeroDivisionError, NotImplementedError, sympy.PolynomialError):
-        return None
+def scaled(value: Value, factor: Fraction) -> Value:
+    return value * factor if isinstance(value, Fraction) else value * _inexact(factor)
 
 
-class _Parser:
+def digits(value: Value, count: int = 20) -> str:
+    """The same for numbers that are the same, so far as so many digits tell."""
+    return str(value) if isinstance(value, Fraction) else str(_mp.nstr(value, count))
+
+
+class _Reader:
     """Recursive descent. Multiplication may be implied; `a/bc` is `(a/b)c`."""
 
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens, self.at, self.depth = tokens, 0, 0
+    def __init__(self, tokens: list[str], point: int, real: bool) -> None:
+        self.tokens, self.point, self.real = tokens, point, real
+        self.at, self.depth = 0, 0
         self.closers: list[str] = []
+        self.names: set[str] = set()
+
+    def value(self) -> Value | None:
+        """Of the whole text; `None` where it has none at this place. Raises `Unread`."""
+        try:
+            value = self.sum()
+        except (ArithmeticError, ValueError, TypeError):
+            return None
+        if self.next is not None:
+            raise Unread(self.next)
+        return value
+
+    def done(self, value: Value) -> Value:
+        """The value of an operation, if it is one to go on with."""
+        if isinstance(value, Fraction):
+            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+                raise Unread("too long")
+        elif self.real and isinstance(value, _mp.mpc):
+            raise ArithmeticError("not real")
+        elif value and _mp.mag(value) > MAX_BITS:
+            raise Unread("too large")
+        return value
+
+    def both(self, sign: str, a: Value, b: Value) -> Value:
+        if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+            a, b = _inexact(a), _inexact(b)
+        return self.done(_ARITHMETIC[sign](a, b))
 
     @property
     def next(self) -> str | None:
@@ -157,34 +164,34 @@ class _Parser:
         self.at += 1
         return token
 
-    def sum(self) -> Tree:
+    def sum(self) -> Value:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unread("nested too deeply")
-        tree = self.product()
+        value = self.product()
         while self.next in ("+", "-"):
-            operator = self.take()
-            right = self.product()
-            tree = ("+", tree, right if operator == "+" else ("*", _number(-1), right))
+            value = self.both(self.take(), value, self.product())
         self.depth -= 1
-        return tree
+        return value
 
-    def product(self) -> Tree:
-        tree = self.signed()
+    def product(self) -> Value:
+        value = self.signed()
         while True:
-            if self.next in ("*", "/", "\\cdot", "\\times", "\\div"):
-                operator = "/" if self.take() in ("/", "\\div") else "*"
-                tree = (operator, tree, self.signed())
+            if self.next in ("*", "/"):
+                value = self.both(self.take(), value, self.signed())
             elif self.starts_factor():
-                tree = ("*", tree, self.power())
+                value = self.both("*", value, self.power())
             else:
-                return tree
+                return value
 
-    def signed(self) -> Tree:
+    def signed(self) -> Value:
+        return self.sign() * self.power()
+
+    def sign(self) -> int:
         sign = 1
         while self.next in ("+", "-"):
             sign = -sign if self.take() == "-" else sign
-        return self.power() if sign == 1 else ("*", _number(-1), self.power())
+        return sign
 
     def starts_factor(self) -> bool:
         token = self.next
@@ -192,285 +199,174 @@ class _Parser:
             return False  # two numbers side by side mean nothing
         if token in _FENCES:
             return not (token == "|" and self.closers and self.closers[-1] == "|")
-        return (
-            token[0].isalpha()
-            or token == "√"
-            or (token[0] == "\\" and token.lstrip("\\")[:1].isalpha() and token not in _CLOSERS)
-        )
+        return token not in _FENCES.values() and (token[-1].isalpha() or token[-1] in "√}")
 
-    def power(self) -> Tree:
-        tree = self.postfix(self.primary())
+    def power(self) -> Value:
+        value = self.postfix(self.primary())
         while self.next == "^":
             self.take()
-            tree = self.postfix(("^", tree, self.script()))
-        return tree
+            value = self.postfix(self.done(_power(value, self.script())))
+        return value
 
-    def postfix(self, tree: Tree) -> Tree:
+    def postfix(self, value: Value) -> Value:
         while self.next in ("!", "°", "%"):
             mark = self.take()
-            if mark == "!":
-                tree = ("factorial", tree)
-            else:
-                tree = ("*", tree, ("/", ("pi",), _number(180)) if mark == "°" else _number(Fraction(1, 100)))
-        return tree
+            factor = Fraction(1, 100) if mark == "%" else _mp.pi / 180
+            value = self.done(_factorial(value)) if mark == "!" else self.both("*", value, factor)
+        return value
 
-    def script(self) -> Tree:
-        """An exponent: in braces or brackets, or one number or name, with its sign."""
-        sign = -1 if self.next == "-" else 1
-        if sign == -1:
-            self.take()
-        tree = self.primary()
-        return tree if sign == 1 else ("*", _number(-1), tree)
+    def script(self) -> Value:
+        """An exponent or subscript: in braces or brackets, or one number or name, with its sign."""
+        sign = self.sign()
+        if (self.next or "").isdecimal():
+            return sign * Fraction(self.take())  # `\log_2\frac{1}{8}` has no mixed number
+        return sign * self.primary()
 
-    def fenced(self, opener: str) -> Tree:
+    def fenced(self, opener: str) -> Value:
         self.closers.append(_FENCES[opener])
-        tree = self.sum()
+        value = self.sum()
         self.take(self.closers.pop())
-        return (_FENCED[opener], tree) if opener in _FENCED else tree
+        if opener in _ROUNDING:
+            return Fraction(int(_ROUNDING[opener](_inexact(value))))
+        return abs(value) if opener == "|" else value
 
-    def braced(self) -> Tree:
-        return self.fenced(self.take("{")) if self.next == "{" else self.primary()
-
-    def primary(self) -> Tree:
+    def primary(self) -> Value:
         token = self.take()
         if _NUMBER.match(token):
-            return self.mixed(_number(token))
+            return self.mixed(token) if token.isdecimal() else _fraction(token)
         if token in _FENCES:
             return self.fenced(token)
         if token == "\\frac":
-            return ("/", self.braced(), self.braced())
+            return self.both("/", self.primary(), self.primary())
         if token == "\\binom":
-            return ("binomial", self.braced(), self.braced())
+            return self.done(_binomial(self.primary(), self.primary()))
         if token in ("\\sqrt", "√"):
-            degree = self.fenced(self.take()) if self.next == "[" else _number(2)
-            return ("root", self.braced(), degree)
+            degree = self.fenced(self.take()) if self.next == "[" else Fraction(2)
+            return self.done(_root(self.primary(), degree))
         if token in ("\\pi", "π"):
-            return ("pi",)
+            return +_mp.pi
         if token[1:] in _FUNCTIONS:
             return self.function(token[1:])
         return self.name(token)
 
-    def mixed(self, whole: Tree) -> Tree:
-        """`2\\frac{1}{2}` is two and a half."""
-        tokens = self.tokens[self.at : self.at + 7]
-        if tokens[:2] == ["\\frac", "{"] and tokens[3:5] == ["}", "{"] and tokens[6:] == ["}"]:
-            up, down = tokens[2], tokens[5]
-            if up.isdecimal() and down.isdecimal() and int(down) and whole[1].denominator == 1:
-                self.at += 7
-                return _number(whole[1] + Fraction(int(up), int(down)))
-        return whole
+    def mixed(self, whole: str) -> Fraction:
+        """`2\\frac{1}{2}` and `2 1/2` are two and a half."""
+        proper = _PROPER.match(" ".join(self.tokens[self.at : self.at + 7]))
+        if proper is None:
+            return Fraction(whole)
+        self.at += len(proper[0].split())
+        return int(whole) + Fraction(int(proper[1] or proper[3]), int(proper[2] or proper[4]))
 
-    def function(self, name: str) -> Tree:
-        base = _number(10) if name in ("log", "lg") else None
+    def function(self, name: str) -> Value:
+        base = Fraction(10) if name in ("log", "lg") else None
         exponent = None
         while self.next in ("^", "_"):
             if self.take() == "^":
                 exponent = self.script()
-            elif name == "log":
-                base = self.script()
             else:
-                raise Unread(name)
-        if exponent == ("*", _number(-1), _number(1)) or exponent == _number(-1):
+                base = self.script()
+        if exponent == -1:
             name, exponent = f"arc{name}", None
             if name not in _FUNCTIONS:
                 raise Unread(name)
-        tree: Tree = ("call", name, self.argument())
+        value = self.done(getattr(_mp, _FUNCTIONS[name])(_inexact(_small(self.argument()))))
         if base is not None:
-            tree = ("/", tree, ("call", "ln", base))
-        return tree if exponent is None else ("^", tree, exponent)
+            value = self.done(value / _mp.ln(_inexact(base)))
+        return value if exponent is None else self.done(_power(value, exponent))
 
-    def argument(self) -> Tree:
+    def argument(self) -> Value:
         """Of a function: what is in brackets, else the product up to the next sign or function."""
         if self.next in ("(", "{", "["):
             return self.primary()
-        tree = self.signed()
+        value = self.signed()
         while self.starts_factor() and (self.next or "")[1:] not in _FUNCTIONS and self.next not in ("(", "[", "|"):
-            tree = ("*", tree, self.power())
-        return tree
+            value = self.both("*", value, self.power())
+        return value
 
-    def name(self, token: str) -> Tree:
-        if token.startswith("\\text{"):
-            name = token[6:-1].strip()
-        elif token[0] == "\\":
-            name = token[1:]
-            if _DECORATION.fullmatch(name):
-                name += f"({self.raw()})"
-            elif not _GREEK.fullmatch(name):
-                raise Unread(token)
-        elif len(token) == 1 and token.isalpha():
-            name = token
-        else:
-            raise Unread(token)
-        if not name:
+    def name(self, token: str) -> Value:
+        name = token.removeprefix("\\text{").rstrip("} ").lstrip()
+        if _DECORATION.fullmatch(token):
+            name += f"({self.raw()})"
+        elif not name or not (name != token or token.isalpha() or _GREEK.fullmatch(token)):
             raise Unread(token)
         while self.next in ("_", "'"):
             name += self.take()
             name += self.raw() if name[-1] == "_" else ""
-        if name in ("e", "i"):
-            return (name,)
-        if self.next == "(" and name[0] in "fghFGHP":
-            raise Unread("a function that nobody defined")
-        return ("name", name)
+        if name == "e":
+            return +_mp.e
+        if name == "i":
+            return self.done(_mp.mpc(0, 1))
+        self.names.add(name)
+        place = _place(name, self.point)
+        if self.next == "(" and name[0] in "fghFGHP":  # a function that nobody defined: any will do
+            return self.done(_mp.sin(place * _inexact(_small(self.primary())) + 1))
+        return place
 
     def raw(self) -> str:
         """The text of a subscript, or of what a decoration stands over."""
         token = self.take()
         if token != "{":
             return token
-        text = ""
-        while self.next != "}":
-            text += self.take()
-        self.take()
+        end = self.tokens.index("}", self.at)
+        text, self.at = "".join(self.tokens[self.at : end]), end + 1
         return text
-
-
-_CLOSERS = frozenset(_FENCES.values())
-
-
-def _number(value: Any) -> Tree:
-    return ("number", Fraction(value))
-
-
-def _place(name: str, point: int) -> Value:
-    """Where a variable is put: between -3 and 3, the same in every process, and of no special value."""
-    return _mp.mpf(zlib.crc32(f"{point} {name}".encode()) + 0.5) * 6 / 2**32 - 3
-
-
-def _evaluate(tree: Tree, point: int) -> Value:
-    head, *rest = tree
-    if head == "number":
-        return rest[0]
-    if head == "name":
-        return _place(rest[0], point)
-    if head in ("pi", "e", "i"):
-        return {"pi": +_mp.pi, "e": +_mp.e, "i": _mp.mpc(0, 1)}[head]
-    if head == "call":
-        return _checked(getattr(_mp, _FUNCTIONS[rest[0]][0])(_inexact(_small(_evaluate(rest[1], point)))))
-    return _checked(_OPERATIONS[head](*(_evaluate(part, point) for part in rest)))
 
 
 def _inexact(value: Value) -> Value:
     return _mp.convert(value)
 
 
-def _both(operation: Callable[[Any, Any], Value]) -> Callable[[Value, Value], Value]:
-    def apply(a: Value, b: Value) -> Value:
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return operation(a, b)
-        return operation(_inexact(a), _inexact(b))
+def _place(name: str, point: int) -> Value:
+    """Where a variable is put: the same in every process, and of no special value. All of them are positive at the
+    first place, where roots and logarithms mostly are real, and negative at the second."""
+    noise = zlib.crc32(f"{point} {name}".encode())
+    negative = point == 1 or (point == 2 and noise % 2)
+    return (-1 if negative else 1) * (_mp.mpf(noise + 0.5) * 3 / 2**32 + _mp.mpf("0.3"))
 
-    return apply
 
-
-def _checked(value: Value) -> Value:
-    if isinstance(value, Fraction):
-        if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-            raise TooCostly("too long")
-    elif value and _mp.mag(value) > MAX_BITS:
-        raise TooCostly("too large")
-    return value
+def _fraction(token: str) -> Fraction:
+    """A decimal, in scientific notation or repeating."""
+    if "\\" not in token:
+        return Fraction(token)
+    start, period = re.findall(r"\d*\.\d*|\d+", token)
+    places = len(start.partition(".")[2])
+    return Fraction(f"0{start}0") + Fraction(int(period), 10 ** len(period) - 1) / 10**places
 
 
 def _small(value: Value, limit: int = 10_000) -> Value:
     if abs(value) > limit:
-        raise TooCostly(f"above {limit}")
+        raise Unread(f"above {limit}")
     return value
+
+
+def _whole(value: Value) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1 and value >= 0
 
 
 def _power(base: Value, exponent: Value) -> Value:
     _small(exponent)
-    if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if bits * abs(exponent) > MAX_BITS:
-            raise TooCostly("too long")
-        return base ** int(exponent)
+    power = int(exponent) if isinstance(exponent, Fraction) and exponent.denominator == 1 else _inexact(exponent)
+    if isinstance(base, Fraction) and isinstance(power, int):
+        if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(power) > MAX_BITS:
+            raise Unread("too long")
+        return base**power
     if base == 0:
-        return Fraction(0) if _mp.re(_inexact(exponent)) > 0 else Fraction(1) / 0
-    if isinstance(exponent, Fraction) and exponent.denominator == 1:
-        return _inexact(base) ** int(exponent)
-    return _inexact(base) ** _inexact(exponent)
+        return Fraction(0) if _mp.re(power) > 0 else Fraction(1) / 0
+    return _inexact(base) ** power
 
 
 def _root(value: Value, degree: Value) -> Value:
-    if degree == 0:
-        raise Unread("root of degree 0")
     odd = isinstance(degree, Fraction) and degree.denominator == 1 and degree.numerator % 2
-    if odd and _mp.im(_inexact(value)) == 0 and _mp.re(_inexact(value)) < 0:
+    if odd and not isinstance(value, _mp.mpc) and value < 0:
         return -_power(-value, 1 / degree)  # the real root, as schools have it
-    return _power(value, 1 / _inexact(degree) if not isinstance(degree, Fraction) else 1 / degree)
+    return _power(value, 1 / degree)
 
 
-def _whole(value: Value, limit: int = 1000) -> int:
-    if not isinstance(value, Fraction) or value.denominator != 1 or value < 0:
-        raise Unread("not a natural number")
-    return int(_small(value, limit))
+def _factorial(n: Value) -> Value:
+    return Fraction(math.factorial(int(_small(n, 1000)))) if _whole(n) else _mp.factorial(_inexact(_small(n)))
 
 
-_OPERATIONS: dict[str, Callable[..., Value]] = {
-    "+": _both(lambda a, b: a + b),
-    "*": _both(lambda a, b: a * b),
-    "/": _both(lambda a, b: a / b),
-    "^": _power,
-    "root": _root,
-    "abs": lambda a: abs(a),
-    "floor": lambda a: (
-        Fraction(int(_mp.floor(_inexact(a)))) if not isinstance(a, Fraction) else Fraction(math.floor(a))
-    ),
-    "ceil": lambda a: Fraction(int(_mp.ceil(_inexact(a)))) if not isinstance(a, Fraction) else Fraction(math.ceil(a)),
-    "factorial": lambda n: Fraction(math.factorial(_whole(n))),
-    "binomial": lambda n, k: Fraction(math.comb(_whole(n), _whole(k))),
-}
-
-
-def _terms(tree: Tree) -> int:
-    """At most so many, when expanded."""
-    parts = [_terms(part) for part in tree[1:] if isinstance(part, tuple)]
-    if tree[0] == "+":
-        return sum(parts)
-    if tree[0] == "^" and tree[2][0] == "number":
-        power = math.ceil(abs(tree[2][1]))
-        return math.comb(power + parts[0] - 1, power) if power < MAX_TERMS else MAX_TERMS + 1
-    return math.prod(parts)
-
-
-def _quotient(tree: Tree) -> bool:
-    """Whether it is one of polynomials, which has a normal form that takes more than to expand it."""
-    heads, divided = {"number", "name", "+", "*", "/", "^"}, False
-    pending = [tree]
-    while pending:
-        part = pending.pop()
-        if part[0] not in heads or (part[0] == "^" and part[2][0] != "number"):
-            return False
-        divided |= part[0] == "/" and bool(names(part[2]))
-        pending += [operand for operand in part[1:] if isinstance(operand, tuple)]
-    return divided
-
-
-def _to_sympy(tree: Tree) -> Any:
-    head, *rest = tree
-    if not names(tree) and head != "number":
-        real, imaginary, exact = exact_parts(evaluate(tree))
-        if exact:
-            return sympy.Rational(real) + sympy.I * sympy.Rational(imaginary)
-    if head == "number":
-        return sympy.Rational(rest[0].numerator, rest[0].denominator)
-    if head == "name":
-        return sympy.Symbol(rest[0])
-    if head in ("pi", "e", "i"):
-        return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}[head]
-    if head == "call":
-        return getattr(sympy, _FUNCTIONS[rest[0]][1])(_to_sympy(rest[1]))
-    parts = [_to_sympy(part) for part in rest]
-    operations: dict[str, Callable[..., Any]] = {
-        "+": lambda a, b: a + b,
-        "*": lambda a, b: a * b,
-        "/": lambda a, b: a / b,
-        "^": lambda a, b: a**b,
-        "root": lambda a, n: a ** (1 / n),
-        "abs": sympy.Abs,
-        "floor": sympy.floor,
-        "ceil": sympy.ceiling,
-    }
-    if head not in operations:
-        raise Unread(head)
-    return operations[head](*parts)
+def _binomial(n: Value, k: Value) -> Value:
+    if _whole(n) and _whole(k):
+        return Fraction(math.comb(int(_small(n, 1000)), int(_small(k, 1000))))
+    return _mp.binomial(_inexact(_small(n)), _inexact(_small(k)))

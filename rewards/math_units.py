@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
 Dimensions = tuple[tuple[str, int], ...]
 """Sorted pairs of a dimension and its power: `(("length", 1), ("time", -1))`."""
+
+
+class Unit(NamedTuple):
+    dimensions: Dimensions
+    factor: Fraction
+    """To the base units of its dimensions."""
+    known: bool
+    """Whether every word of it is. Words that measure nothing (`apples`) are left out."""
+
 
 _TABLE = {
     "length": "m meter=1 mm millimeter=0.001 cm centimeter=0.01 dm=0.1 km kilometer=1000 in inch inche=0.0254 "
@@ -28,70 +38,50 @@ _TABLE = {
     "rupee": "₹ Rs rs rupee=1",
     "": "hundred=100 thousand=1000 million=1000000 billion=1000000000 trillion=1000000000000",
 }
-_UNITS: dict[str, tuple[str, Fraction]] = {}
-for _dimension, _entries in _TABLE.items():
-    _names: list[str] = []
-    for _entry in _entries.split():
-        _name, _, _factor = _entry.partition("=")
-        _names.append(_name)
-        if _factor:
-            _UNITS.update({name: (_dimension, Fraction(_factor)) for name in _names})
-            _names = []
-_COMPOSED = {"mph": "mi/h", "kmh": "km/h", "kmph": "km/h", "kph": "km/h"}
+_UNITS = {
+    name + plural: (dimension, Fraction(factor))
+    for dimension, entries in _TABLE.items()
+    for words, factor in re.findall(r"([^=]+)=([\d.]+) ?", entries)
+    for name in words.split()
+    for plural in ("", "s" * (len(name) > 2))
+}
 _BASE = {"length": "m", "mass": "g", "time": "s", "calendar": "months", "volume": "l", "angle": "°"}
-_WORD = re.compile(
-    r"(?P<per>/|\bper\b)|(?P<word>°\s*[CF]?\b|[$€£¥₹¢°]|[^\W\d_]+)\.?(?:\^?\{?(?P<power>-?\d)\}?)?|\S|(?<=\d)\s"
-)
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_WORD = re.compile(
+    r"(?P<per>/|\bper\b)|(?P<word>° ?[CF]?\b|[$€£¥₹¢°]|[^\W\d_]+)\.?(?:(?:\s*\^)?\{?(?P<power>-?\d)\}?)?"
+    r"|[\s*(),.-]|(?P<no>.)"
+)
 
 
-def read_unit(text: str) -> tuple[Dimensions, Fraction, bool] | None:
-    """Dimensions, the factor to their base units, and whether every word is known; `None` if this is no unit at all.
-
-    Words that measure nothing (`apples`) are left out.
-    """
+def read_unit(text: str) -> Unit | None:
+    """`None` if it is no unit at all."""
+    text = re.sub(r"\bk(m|p|mp)h\b", "km/h", text).replace("mph", "mi/h")
+    text = re.sub(r"(?<=[a-z])tre(s?)\b", r"ter\1", text)
     powers: dict[str, int] = {}
     factor, known, sign, pending = Fraction(1), True, 1, 1
-    for match in _WORD.finditer(_spelled(text)):
+    for match in _WORD.finditer(text):
         word = match["word"]
+        if match["no"]:
+            return None
         if match["per"]:
             sign = -1
-        elif word is None:
-            if match[0].strip() not in ("", "*", "·", "-", "(", ")", ",", "."):
-                return None
         elif word in ("squared", "cubed"):
-            for name in powers:
-                powers[name] *= _POWERS[word]
+            powers = {name: power * _POWERS[word] for name, power in powers.items()}
             factor = factor ** _POWERS[word]
-        elif word.lower() in _POWERS:
+        elif word and word.lower() in _POWERS:
             pending = _POWERS[word.lower()]
-        else:
-            entry = _lookup(word.replace(" ", ""))
-            if entry is None:
-                known = False
-                continue
-            power = sign * pending * int(match["power"] or 1)
-            powers[entry[0]] = powers.get(entry[0], 0) + power
-            factor *= entry[1] ** power
-            pending = 1
-    powers.pop("", None)
-    return tuple(sorted((name, power) for name, power in powers.items() if power)), factor, known
+        elif word:
+            word = word.replace(" ", "")
+            found = _UNITS.get(word) or _UNITS.get(word.lower() if len(word) > 2 else "")
+            known = known and found is not None
+            if found:
+                power = sign * pending * int(match["power"] or 1)
+                powers[found[0]] = powers.get(found[0], 0) + power
+                factor *= found[1] ** power
+                pending = 1
+    dimensions = sorted((name, power) for name, power in powers.items() if name and power)
+    return Unit(tuple(dimensions), factor, known)
 
 
 def unit_text(dimensions: Dimensions) -> str:
     return " ".join(_BASE.get(name, name) + (f"^{power}" if power != 1 else "") for name, power in dimensions)
-
-
-def _spelled(text: str) -> str:
-    text = text.replace("etre", "eter").replace("litre", "liter")
-    for word, composed in _COMPOSED.items():
-        text = re.sub(rf"\b{word}\b", composed, text)
-    return re.sub(r"\bkm/hr?\b", "km/h", text).replace("²", "^2").replace("³", "^3")
-
-
-def _lookup(word: str) -> tuple[str, Fraction] | None:
-    for name in (word, word.lower() if len(word) > 2 else word):
-        for candidate in (name, name[:-1] if name.endswith("s") and len(name) > 3 else name):
-            if candidate in _UNITS:
-                return _UNITS[candidate]
-    return None

@@ -7,14 +7,14 @@ import logging
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from math_verify import parse, verify
 
-from rewards.math import EXTRACT, accuracy, extracted, last_boxed, spelling
+from rewards.math import Extract, Percent, Which, accuracy, extracted, last_boxed, spelling
 from rewards.math_answers import read
 from rewards.math_equality import equal
 
@@ -37,11 +37,18 @@ def test_pairs(pair: dict[str, Any]):
     assert accuracy([f"It is 12, so $\\boxed{{{pair['answer']}}}$."], [pair["gold"]]) == [pair["expected"]]
 
 
-def test_what_is_recorded_of_math_verify_alone_is_what_it_does(caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("agreed", [PAIRS[::4], pytest.param(PAIRS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_what_is_recorded_of_math_verify_alone_is_what_it_does(
+    agreed: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.CRITICAL, "math_verify")
-    for pair in PAIRS:
+    for pair in [pair for pair in PAIRS if "note" in pair or pair in agreed]:
         alone = verify(boxed(pair["gold"]), boxed(pair["answer"]), timeout_seconds=0)
         assert alone == pair["math_verify_alone"], named(pair)
+
+
+def test_disagreements_have_a_note():
+    for pair in PAIRS:
         assert ("note" in pair) == (pair["expected"] != pair["math_verify_alone"]), named(pair)
 
 
@@ -121,7 +128,7 @@ RIGHT_THEN_RUNS_ON = (
 
 
 @pytest.mark.parametrize("extract", ["auto", "marker"])
-def test_the_last_marker_of_a_completion_that_runs_on_is_not_its_answer(extract: str):
+def test_the_last_marker_of_a_completion_that_runs_on_is_not_its_answer(extract: Extract):
     """A paper's first results came of this: without stop sequences, the last `####` was an invented next question's."""
     assert accuracy([RIGHT_THEN_RUNS_ON], ["18"], extract=extract) == [0.0]
     assert accuracy([RIGHT_THEN_RUNS_ON], ["18"], extract=extract, which="first") == [1.0]
@@ -147,6 +154,9 @@ def test_the_last_marker_of_a_completion_that_runs_on_is_not_its_answer(extract:
         ("nothing", "last_number", None, None),
         ("the answer is 7. Now 12 others", "auto", "7", "7"),
         ("The answer is (B).", "auto", "(B)", "(B)"),
+        ("The correct option is B", "auto", "B", "B"),
+        ("The answer is 5 because 2+3=5 and not 6.", "auto", "5", "5"),
+        ("所以,最终答案为 42。检查 7", "auto", "42", "42"),
         ("The final answer is: $\\frac{3}{4}$ of it, not 5", "auto", "\\frac{3}{4}", "\\frac{3}{4}"),
         ("with 12 we get $x = \\frac12$ there", "auto", "x = \\frac12", "12"),
         ("it costs $18 and $20 in all", "auto", "$20", "$18"),
@@ -156,7 +166,7 @@ def test_the_last_marker_of_a_completion_that_runs_on_is_not_its_answer(extract:
         ("Evelyn", "auto", "Evelyn", "Evelyn"),
     ],
 )
-def test_policies(text: str, extract: str, last: str | None, first: str | None):
+def test_policies(text: str, extract: Extract, last: str | None, first: str | None):
     assert (extracted(text, extract), extracted(text, extract, "first")) == (last, first)
 
 
@@ -181,7 +191,7 @@ def test_unknown_policies_are_refused(settings: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("percent", "scores"), [("either", [1.0, 1.0, 1.0]), ("value", [1.0, 1.0, 0.0]), ("number", [1.0, 0.0, 1.0])]
 )
-def test_what_a_percentage_equals(percent: str, scores: list[float]):
+def test_what_a_percentage_equals(percent: Percent, scores: list[float]):
     texts = ["\\boxed{50\\%}", "\\boxed{0.5}", "\\boxed{50}"]
     assert accuracy(texts, ["50%"] * 3, percent=percent) == scores
 
@@ -210,6 +220,7 @@ def test_the_extracted_answers_are_logged():
     [
         ["\\frac{\\sqrt{2}}{2}", "1/\\sqrt2", "\\sqrt{0.5}"],
         ["(x+1)^2", "x^2+2x+1", "1+x(x+2)"],
+        ["\\sin 2x", "2\\sin x\\cos x"],
         ["\\{1,2\\}", "2, 1", "1 \\text{ and } 2"],
         ["[0,1)\\cup(2,\\infty)", "(2,\\infty) \\cup [0,1)"],
         ["50 \\text{ cents}", "\\$0.50"],
@@ -229,7 +240,7 @@ def test_answers_that_are_spelt_alike_have_the_same_verdict():
             by_spelling.setdefault(spelling(text), []).append(text)
     groups = [group for group in by_spelling.values() if len(group) > 1]
     assert len(groups) > 30
-    for gold in sorted(answers)[::7]:
+    for gold in sorted(answers)[::12]:
         for group in groups:
             assert len({equal(read(gold), read(text)) for text in group}) == 1, (gold, group)
 
@@ -246,6 +257,17 @@ HOSTILE = {
     "division by zero": "\\boxed{1/0}",
     "sum": "\\boxed{\\sum_{k=1}^{1000000000} \\frac{1}{k}}",
     "unknown function": "\\boxed{f(x)^{9^{9^9}}}",
+    "products beside one": "\\boxed{f(2)(a+b)^{12}(c+d)^{12}(x+y)^{12}(u+v)^{12}}",
+    "gamma functions": "\\boxed{" + "x!" * 240 + "}",
+    "many results": "\\boxed{" + "+".join(["1000!"] * 80) + "}",
+    "unions": "\\boxed{" + "\\cup".join(f"({i},{i + 2})" for i in range(0, 80, 2)) + "}",
+    "differences": "\\boxed{(-\\infty,1)" + "\\setminus\\{" * 30 + "2" + "\\}" * 30 + "}",
+    "signs": "\\boxed{x=" + "\\pm1" * 120 + "}",
+    "degrees": "\\boxed{5" + "° " * 200 + "<x}",
+    "vulgar fractions": "\\boxed{" + "½" * 499 + "}",
+    "NUL": "\\boxed{" + "\0" * 90 + "}" + "\0" * 100_000,
+    "Arabic digits": "\u0661" * 100_000,
+    "blank lines": "answer:" + "\n" * 100_000,
     "brackets": "\\boxed{" + "(" * 240 + "1" + ")" * 240 + "}",
     "braces": "\\boxed{" + "{" * 240 + "1" + "}" * 240 + "}",
     "sets": "\\boxed{" + "\\{" * 120 + "1" + "\\}" * 120 + "}",
@@ -267,17 +289,15 @@ def unlogged(column: str, values: list[Any]) -> None:
     assert column == "extracted"
 
 
-@pytest.mark.parametrize("extract", EXTRACT)
+@pytest.mark.parametrize("extract", get_args(Extract))
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_completion_costs_little_and_scores_0(name: str, extract: str):
-    accuracy(["\\boxed{x + 1}"], ["f(2) + 1"])  # math-verify builds its tables at its first call
-    started = time.process_time()
-    for which in ("last", "first"):
-        assert accuracy([HOSTILE[name]] * 2, ["42", "x+2"], extract=extract, which=which, log_extra=unlogged) == [
-            0.0,
-            0.0,
-        ]
-    assert time.process_time() - started < 2
+def test_a_hostile_completion_costs_little_and_scores_0(name: str, extract: Extract):
+    accuracy(["\\boxed{[0,1]\\cup[1,2]}"], ["[0,2]"])  # math-verify builds its tables at its first call
+    for which in get_args(Which):
+        started = time.process_time()
+        scores = accuracy([HOSTILE[name]] * 2, ["42", "x+2"], extract=extract, which=which, log_extra=unlogged)
+        assert time.process_time() - started < 0.4
+        assert scores == [0.0, 0.0]
 
 
 def test_answers_too_large_to_compute_are_compared_as_they_are_written():
@@ -287,9 +307,8 @@ def test_answers_too_large_to_compute_are_compared_as_they_are_written():
 @settings(max_examples=300, deadline=1000)
 @given(st.text(alphabet="0123456789xyi+-*/^(){}[]|,.;:=<> \\%$!_&~'ab\n√π∞°±≤∈∪") | st.text(max_size=60))
 def test_no_answer_is_an_error(text: str):
-    assert accuracy([f"\\boxed{{{text}}}", text], ["42", "x+1"], log_extra=unlogged)
-    (verdict,) = accuracy([text], [text], extract="last_number")
-    assert verdict in (0.0, 1.0, None)
+    assert set(accuracy([f"\\boxed{{{text}}}", text], ["42", "x+1"], log_extra=unlogged)) <= {0.0, 1.0}
+    assert accuracy([text], [text], extract="last_number")[0] in (0.0, 1.0, None)
 
 
 @settings(max_examples=200, deadline=1000)
