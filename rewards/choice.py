@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 from rewards.common import independent, text_of
 from rewards.format import boxes
@@ -13,7 +13,9 @@ from rewards.format import boxes
 LETTERS = "ABCDEFGHIJ"
 _OPENING = r"[\s(\[{*_`\"'$]*(?:\\(?:text|textbf|mathrm|mathbf)\{)?\(?"
 # A small letter must be in brackets: "the answer is a bit odd". "I'd" and "A-level" are no letters alone.
-_LEADING = re.compile(_OPENING + r"(?:([A-J])(?![\w'’-])|([a-j])[)\]}])")
+# "I think B" and "A dog" begin with none either, but "A because it" does: no noun follows.
+_NO_NOUN = r"(?:and|as|because|but|by|due|for|from|is|or|since|which|while|with)\b"
+_LEADING = re.compile(_OPENING + rf"(?:(?!I +[a-z]|A +(?!{_NO_NOUN})[a-z])([A-J])(?![\w'’-])|([a-j])[)\]}}])")
 _ANNOUNCED = re.compile(r"(?i)(?<!/)\banswer\b(?:\s*(?:is|was|would be|must be|should be|:|=|>|\*|_))*\s*")
 _ALONE = re.compile(r"(?<![\w'’\\$-])([A-J])(?![\w'’-])")
 _ARTICLE_OR_PRONOUN = re.compile(r"[AI] +[a-z]")
@@ -29,7 +31,7 @@ def accuracy(
     choices: list[Any] | None = None,
     log_extra: Callable[[str, list[Any]], None] | None = None,
     *,
-    which: str = "last",
+    which: Literal["first", "last"] = "last",
     first_index: int = 0,
     **columns: Any,
 ) -> list[float | None]:

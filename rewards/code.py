@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from rewards import sandbox
 from rewards.common import independent, text_of
-from rewards.sandbox import Call, Check, Result
+from rewards.sandbox import Call, Check, Result, Runner
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _PYTHON = {"python", "python3", "py"}
@@ -31,8 +31,8 @@ def passes(
     entry_point: Any = None,
     log_extra: Callable[[str, list[Any]], None] | None = None,
     *,
-    score: str = "all",
-    extract: str = "last",
+    score: Literal["all", "fraction"] = "all",
+    extract: Literal["first", "last", "whole"] = "last",
     prelude: str = "",
     tolerance: float = 0.0,
     max_tests: int = 20,
@@ -41,7 +41,7 @@ def passes(
     memory_mib: int = 512,
     output_kib: int = 64,
     packages: bool = False,
-    runner: str = "landlock",
+    runner: Runner = "landlock",
     image: str = "",
     **columns: Any,
 ) -> list[float | None]:
@@ -82,7 +82,7 @@ def passes(
     return scores
 
 
-def extract_program(text: str, which: str = "last") -> str | None:
+def extract_program(text: str, which: Literal["first", "last", "whole"] = "last") -> str | None:
     """The program in a completion; `None` without a complete fenced block."""
     if which not in ("first", "last", "whole"):
         raise ValueError(f"extract {which!r} is none of first, last and whole")

@@ -6,13 +6,13 @@ import re
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rewards.common import independent, text_of
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_KINDS = ("case", "punctuation", "articles", "whitespace")
 
+Kind = Literal["case", "punctuation", "articles", "whitespace"]
 LogExtra = Callable[[str, list[Any]], None]
 
 
@@ -23,7 +23,7 @@ def exact(
     log_extra: LogExtra | None = None,
     *,
     extract: str | None = None,
-    ignore: Sequence[str] = ("case", "whitespace"),
+    ignore: Sequence[Kind] = ("case", "whitespace"),
     **columns: Any,
 ) -> list[float | None]:
     """1.0 where the completion is `answer`, or one of them where it is a list, else 0.0.
@@ -46,7 +46,7 @@ def contains(
     completions: list[Any],
     answer: list[Any],
     *,
-    ignore: Sequence[str] = ("case", "whitespace"),
+    ignore: Sequence[Kind] = ("case", "whitespace"),
     **columns: Any,
 ) -> list[float | None]:
     """1.0 where `answer`, or one of them where it is a list, stands in the completion, not within a word, else 0.0.
@@ -88,11 +88,11 @@ def regex(
     return [None if p is None else float(f is not None) for p, f in zip(patterns, found, strict=True)]
 
 
-def normalised(text: str, ignore: Sequence[str]) -> str:
+def normalised(text: str, ignore: Sequence[Kind]) -> str:
     """The text without the differences in `ignore`, in the order of SQuAD's evaluation (arXiv 1606.05250, section 6.1):
     case, punctuation, articles, whitespace."""
-    if isinstance(ignore, str) or not set(ignore) <= set(_KINDS):
-        raise ValueError(f"rewards.match: ignore={ignore!r} must be a list of {', '.join(_KINDS)}")
+    if isinstance(ignore, str) or not set(ignore) <= set(get_args(Kind)):
+        raise ValueError(f"rewards.match: ignore={ignore!r} must be a list of {', '.join(get_args(Kind))}")
     if "case" in ignore:
         text = text.casefold()
     if "punctuation" in ignore:

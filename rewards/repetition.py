@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rewards.common import independent, text_of
 
@@ -13,7 +13,7 @@ def ngrams(
     completion_ids: list[list[int]] | None = None,
     *,
     n: int = 3,
-    over: str = "tokens",
+    over: Literal["tokens", "words"] = "tokens",
     max_penalty: float = -1.0,
     **columns: Any,
 ) -> list[float | None]:

@@ -17,6 +17,7 @@ import selectors
 import shutil
 import signal
 import site
+import stat
 import struct
 import subprocess
 import sys
@@ -26,13 +27,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rewards import sandbox_child
 
 logger = logging.getLogger(__name__)
 Status = Literal["ok", "error", "timeout", "memory", "output", "threads", "disk"]
-RUNNERS = ("landlock", "container", "none")
+Runner = Literal["landlock", "container", "none"]
 MAX_THREADS = 64
 MAX_OPEN_FILES = 64
 MAX_FILES = 1000
@@ -101,7 +102,7 @@ def run(
     memory_mib: int = 512,
     output_kib: int = 64,
     packages: bool = False,
-    runner: str = "landlock",
+    runner: Runner = "landlock",
     image: str = "",
 ) -> Result:
     """Run a program as a script with `stdin`; or, with `then`, as a module, and then call or check it.
@@ -114,8 +115,8 @@ def run(
     Raises `SandboxUnavailable` where the runner cannot work, whatever the program is, and `ValueError` for a setting
     that makes no sense.
     """
-    if runner not in RUNNERS:
-        raise ValueError(f"runner {runner!r} is none of {', '.join(RUNNERS)}")
+    if runner not in get_args(Runner):
+        raise ValueError(f"runner {runner!r} is none of {', '.join(get_args(Runner))}")
     if min(seconds, memory_mib, output_kib) <= 0:
         raise ValueError(f"seconds {seconds}, memory_mib {memory_mib} and output_kib {output_kib} must be positive")
     if runner == "landlock":
@@ -138,7 +139,7 @@ def _run(
     limits: _Limits,
     *,
     packages: bool = False,
-    runner: str = "landlock",
+    runner: Runner = "landlock",
     image: str = "",
 ) -> Result:
     contained, token = runner == "container", secrets.token_hex(16)
@@ -280,9 +281,9 @@ class _Watch:
             elif now - self.ready_at > self._seconds:
                 return "timeout"
             elif now - looked > TICK:
-                looked = now
                 if hit := self._look():
                     return hit
+                looked = time.monotonic()
             if not self._selector.get_map():
                 if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                     return None
@@ -301,10 +302,13 @@ class _Watch:
 
     def _look(self) -> Status | None:
         with suppress(OSError):
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text(errors="replace")
-            if int(stat.rpartition(")")[2].split()[17]) > MAX_THREADS:
+            text = Path(f"/proc/{self._process.pid}/stat").read_text(errors="replace")
+            if int(text.rpartition(")")[2].split()[17]) > MAX_THREADS:
                 return "threads"
-        return "disk" if self._directory is not None and _over_disk(self._directory) else None
+        if self._directory is None:
+            return None
+        held = _held_bytes(self._process.pid, os.path.realpath(self._directory))
+        return "disk" if _over_disk(self._directory, held) else None
 
     def close(self) -> None:
         self._selector.close()
@@ -313,9 +317,41 @@ class _Watch:
                 stream.close()
 
 
-def _over_disk(directory: str) -> bool:
-    """Whether the program has more files, or more in them, than it may. One that hides them has."""
-    files, size, left = 0, 0, [(directory, 0)]
+def _held_bytes(pid: int, directory: str) -> int:
+    """Bytes in files that a process has deleted but holds: open ones, and mapped ones, each counted as the largest that
+    there may be, as its size cannot be read."""
+    for thread in _entries(f"/proc/{pid}/task"):  # the first may have ended before the others
+        with suppress(OSError):
+            lines = Path(f"{thread}/maps").read_bytes().splitlines()
+            if not lines:
+                continue
+            prefix = f" {directory}/".encode()
+            mapped = {line.split()[4] for line in lines if prefix in line and line.endswith(b" (deleted)")}
+            return (len(mapped) * FILE_MIB << 20) + sum(map(_deleted_bytes, _entries(f"{thread}/fd")))
+    return 0
+
+
+def _deleted_bytes(descriptor: str) -> int:
+    with suppress(OSError):
+        found = os.stat(descriptor)
+        if found.st_nlink or not stat.S_ISREG(found.st_mode):
+            return 0
+        with suppress(OSError):  # of a name that is too long
+            if os.readlink(descriptor).startswith("/memfd:"):  # its input
+                return 0
+        return found.st_blocks * 512
+    return 0
+
+
+def _entries(directory: str) -> list[str]:
+    with suppress(OSError):
+        return [f"{directory}/{name}" for name in os.listdir(directory)]
+    return []
+
+
+def _over_disk(directory: str, held: int) -> bool:
+    """Whether the program has more files, or more in them and `held`, than it may. One that hides them has."""
+    files, size, left = 0, held, [(directory, 0)]
     while left:
         path, depth = left.pop()
         try:
@@ -324,7 +360,7 @@ def _over_disk(directory: str) -> bool:
                     files += 1
                     with suppress(FileNotFoundError):
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if files > MAX_FILES or depth > MAX_DEPTH or size > DISK_MIB << 20:
+                    if files > MAX_FILES or depth > MAX_DEPTH:
                         return True
                     if entry.is_dir(follow_symlinks=False):
                         left.append((entry.path, depth + 1))
@@ -332,7 +368,7 @@ def _over_disk(directory: str) -> bool:
             continue
         except OSError:
             return True
-    return False
+    return size > DISK_MIB << 20
 
 
 @lru_cache(maxsize=1)

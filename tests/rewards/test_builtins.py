@@ -23,6 +23,7 @@ from trl.rewards.accuracy_rewards import get_cosine_scaled_reward
 from trl.rewards.other_rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
 from hybrid_rl.config import RewardSpec
+from hybrid_rl.reward.plugin import check
 from rewards import choice, json_schema, length, match, repetition
 from rewards.format import boxed, boxes, tags
 from rewards.language import Consistency
@@ -52,6 +53,11 @@ def ids(*lengths: int) -> list[list[int]]:
         ("C", "C"),
         ("B is too small and I think C", "C"),
         ("C: A dog has four legs, I'd say", "C"),
+        ("Answer: I think C", "C"),
+        ("Answer: I would say (C)", "C"),
+        ("The answer is A dog, which is C", "C"),
+        ("The answer is A because C is wrong", "A"),
+        ("The answer is I.", "I"),
         ("the answer is a bit odd", None),
         ("A dog. I think so, on an A-level, $A_1$", None),
         ("K", None),
@@ -172,7 +178,7 @@ def test_boxed():
 @given(st.lists(st.integers(0, 60)), st.integers(1, 40), st.integers(0, 20))
 def test_overlong_is_dapos(lengths: list[int], buffer: int, more: int):
     limit = buffer + more
-    ours = length.overlong([""] * len(lengths), ids(*lengths), max_length=limit, buffer=buffer)
+    ours = length.overlong(max_length=limit, buffer=buffer)([""] * len(lengths), ids(*lengths))
     assert ours == pytest.approx(get_soft_overlong_punishment(limit, buffer)(ids(*lengths)))
     if lengths:
         assert ours[0] == pytest.approx(max(-1, min(0, ((limit - buffer) - lengths[0]) / buffer)))
@@ -180,7 +186,7 @@ def test_overlong_is_dapos(lengths: list[int], buffer: int, more: int):
 
 def test_overlong_needs_a_buffer():
     with pytest.raises(ValueError, match="buffer=0 must be from 1"):
-        length.overlong(["a"], ids(1), max_length=4, buffer=0)
+        length.overlong(max_length=4, buffer=0)
 
 
 def test_cosine_is_trls_but_for_exceeding():
@@ -190,18 +196,17 @@ def test_cosine_is_trls_but_for_exceeding():
     for completion in (right, wrong):
         completions, answer = [completion] * len(lengths), ["2"] * len(lengths)
         theirs = get_cosine_scaled_reward(100)(completions, answer, ids(*lengths))
-        like = functools.partial(length.cosine, completions, ids(*lengths), max_length=100, answer=answer)
-        assert like(exceeded=None) == pytest.approx(theirs)
-        assert like()[:4] == pytest.approx(theirs[:4])
-        assert like()[4:] == [-1.0, -1.0]
+        like = length.cosine(max_length=100, exceeded=None)(completions, ids(*lengths), answer=answer)
+        assert like == pytest.approx(theirs)
+        ours = length.cosine(max_length=100)(completions, ids(*lengths), answer=answer)
+        assert ours == pytest.approx([*theirs[:4], -1.0, -1.0])
 
 
 def test_cosine_by_hand():
     """With the values of the paper: eta_L + (eta_0 - eta_L) / 2 (1 + cos(pi t / T))."""
-    papers = {"right": (2, 1), "wrong": (-10, 0), "exceeded": -10, "accuracy": "rewards.match:contains"}
-    found = length.cosine(
-        ["a", "b", "a", "a"], ids(25, 25, 100, 25), max_length=100, answer=["a"] * 3 + [None], **papers
-    )
+    papers: dict[str, Any] = {"right": (2, 1), "wrong": (-10, 0), "exceeded": -10}
+    reward = length.cosine(max_length=100, accuracy="rewards.match:contains", **papers)
+    found = reward(["a", "b", "a", "a"], ids(25, 25, 100, 25), answer=["a"] * 3 + [None])
     quarter = (1 + math.cos(math.pi / 4)) / 2
     assert found == [pytest.approx(1 + quarter), pytest.approx(-10 * quarter), -10, None]
 
@@ -212,20 +217,58 @@ def test_shorter_is_relative_to_the_group():
     prompts = ["p"] * 5 + ["q"] * 4 + ["alone"]
     lengths = [rng.randrange(1, 50) for _ in range(5)] + [8] * 4 + [3]
     texts = [rng.choice("ab") for _ in prompts]
-    found = length.shorter(texts, ids(*lengths), prompts, accuracy="rewards.match:exact", answer=["a"] * 10)
+    reward = length.shorter(accuracy="rewards.match:exact")
+    found = reward(texts, ids(*lengths), prompts, answer=["a"] * 10)
     low, high = min(lengths[:5]), max(lengths[:5])
     for text, n, score in zip(texts[:5], lengths, found, strict=False):
         relative = 0.5 - (n - low) / (high - low)
         assert score == pytest.approx(relative if text == "a" else min(0, relative))
     assert found[5:] == [0.0] * 4 + [None]
-    assert not getattr(length.shorter, "independent", False)
+    assert not getattr(reward, "independent", False)
+    assert getattr(length.cosine(max_length=1), "independent", False)
 
 
 def test_what_has_no_answer_is_not_compared_with():
-    found = length.shorter(["a", "a", "a"], ids(1, 5, 9), accuracy="rewards.match:exact", answer=["a", "a", None])
-    assert found == [0.5, -0.5, None]
-    with pytest.raises(ValueError, match="must be a plain function"):
-        length.shorter(["a"], ids(1), accuracy="rewards.language:Consistency")
+    reward = length.shorter(accuracy="rewards.match:exact")
+    assert reward(["a", "a", "a"], ids(1, 5, 9), answer=["a", "a", None]) == [0.5, -0.5, None]
+
+
+@pytest.mark.parametrize("accuracy", ["rewards.language:Consistency", "rewards.nowhere:f", "rewards.math:nothing", "x"])
+def test_what_cannot_say_who_is_right_is_refused(accuracy: str):
+    with pytest.raises(ValueError, match=f"accuracy='{accuracy}' must be"):
+        length.shorter(accuracy=accuracy)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "arguments"),
+    [
+        ("rewards.choice:accuracy", {"which": "best"}),
+        ("rewards.match:exact", {"ignore": ["umlauts"]}),
+        ("rewards.match:contains", {"ignore": "case"}),
+        ("rewards.format:tags", {"tags": "think"}),
+        ("rewards.length:overlong", {"max_length": 4, "buffer": 5}),
+        ("rewards.length:cosine", {"max_length": 4, "accuracy": "rewards.math:nothing"}),
+        ("rewards.length:cosine", {"max_length": 4, "right": [1.0]}),
+        ("rewards.length:target", {"target_length": "many"}),
+        ("rewards.repetition:ngrams", {"over": "letters"}),
+        ("rewards.json_schema:valid", {"parsed": "some"}),
+        ("rewards.code:passes", {"score": "mean"}),
+        ("rewards.code:passes", {"extract": "middle"}),
+        ("rewards.code:passes", {"runner": "docker"}),
+        ("rewards.judge:Judge", {"model": "m", "when_spent": "guess"}),
+        ("rewards.judge:Judge", {"model": "m", "max_tokens": 0}),
+    ],
+)
+def test_a_wrong_setting_is_found_before_the_run(plugin: str, arguments: dict[str, Any]):
+    with pytest.raises((TypeError, ValueError)):
+        list(check(plugin, json.dumps(arguments), ["answer", "tests"]))
+
+
+@pytest.mark.parametrize("name", ["overlong", "cosine", "shorter"])
+def test_rewards_of_their_settings_are_called_as_others(name: str):
+    arguments = {"overlong": {"max_length": 4, "buffer": 2}, "cosine": {"max_length": 4}, "shorter": {}}[name]
+    (facts,) = check(f"rewards.length:{name}", json.dumps(arguments), ["answer"])
+    assert (facts["missing"], facts["piecewise"]) == ([], name != "shorter")
 
 
 def test_target_length():
@@ -367,7 +410,8 @@ def builtins() -> list[str]:
             name = getattr(node, "name", "_")
             if not isinstance(called, ast.FunctionDef | ast.AsyncFunctionDef) or name.startswith("_"):
                 continue
-            if {"completion", "completions"} & {a.arg for a in called.args.args}:
+            makes_one = isinstance(called.returns, ast.Name) and called.returns.id == "Reward"
+            if makes_one or {"completion", "completions"} & {a.arg for a in called.args.args}:
                 found.append(f"rewards.{path.stem}:{name}")
     return found
 

@@ -165,6 +165,41 @@ def test_only_a_key_that_is_named_is_sent(
         judge(api_key_env="NO_SUCH_KEY")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (401, {"error": {"message": "Incorrect API key provided: Bearer sk-1/2", "code": "sk-1/2"}}),
+        (500, "Bearer sk-1/2"),
+        (200, {"detail": "Bearer sk-1/2"}),
+        (200, b"<html>Bearer sk-1/2"),
+        "Bearer sk-1/2",
+    ],
+)
+def test_a_key_that_is_echoed_is_not_told(
+    endpoint: Endpoint, judge: Callable[..., Judge], monkeypatch: pytest.MonkeyPatch, answer: Any
+):
+    monkeypatch.setenv("JUDGE_KEY", "sk-1/2")
+    endpoint.script = [answer]
+    with pytest.raises((openai.OpenAIError, ValueError)) as caught:
+        ask(judge(api_key_env="JUDGE_KEY", retries=0))
+    assert endpoint.keys[0] == "Bearer sk-1/2"
+    link: BaseException | None = caught.value
+    while link is not None:
+        assert "sk-1/2" not in f"{link} {link!r} {link.args} {getattr(link, 'body', '')} {getattr(link, 'doc', '')}"
+        link = link.__cause__ or link.__context__
+    endpoint.script = ["sk-1/2\nScore: 5"]
+    logged: dict[str, Any] = {}
+    assert ask(judge(api_key_env="JUDGE_KEY"), log_extra=logged.__setitem__) == 0.5
+    assert logged["reply"] == "***\nScore: 5"
+
+
+def test_a_key_that_no_header_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-1\n")
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        Judge("m", api_key_env="JUDGE_KEY")
+    assert "sk-1" not in str(caught.value)
+
+
 @pytest.mark.parametrize("faults", [[429], [500, 503], [408, 429]])
 def test_passing_faults_are_tried_again(endpoint: Endpoint, judge: Callable[..., Judge], faults: list[int]):
     endpoint.script = [*((status, {"error": {"message": "busy"}}) for status in faults), "Score: 5"]
@@ -294,6 +329,29 @@ def test_no_more_requests_at_once_than_allowed(endpoint: Endpoint, judge: Callab
     assert endpoint.most_at_once == 3
 
 
+def test_equal_questions_at_a_time_are_asked_once(endpoint: Endpoint, judge: Callable[..., Judge]):
+    endpoint.script = [later(0.1, "Score: 5")]
+    metrics: list[tuple[str, float]] = []
+
+    async def all_of(of: Judge, limits: list[float | None]) -> list[Any]:
+        def one(limit: float | None) -> Any:
+            return asyncio.wait_for(of("42", "p", log_metric=lambda *m: metrics.append(m)), limit)
+
+        return await asyncio.gather(*map(one, limits), return_exceptions=True)
+
+    assert asyncio.run(all_of(judge(), [None] * 8)) == [0.5] * 8
+    assert len(endpoint.bodies) == 1
+    assert (metrics.count(("requests", 1.0)), metrics.count(("cache_hits", 1.0))) == (1, 7)
+    first, second, third = asyncio.run(all_of(judge(), [0.02, None, 0.02]))
+    assert (type(first), second, type(third)) == (TimeoutError, 0.5, TimeoutError), "those who gave up harm nobody"
+    of = judge()
+    assert {type(e) for e in asyncio.run(all_of(of, [0.02, 0.02]))} == {TimeoutError}
+    assert asyncio.run(all_of(of, [None])) == [0.5], "nothing is left of what all gave up"
+    endpoint.script, asked = [(400, {"error": {"message": "too long"}})], len(endpoint.bodies)
+    assert {type(e) for e in asyncio.run(all_of(judge(), [None] * 3))} == {openai.BadRequestError}
+    assert len(endpoint.bodies) == asked + 1
+
+
 def test_a_completion_stays_within_its_marks(endpoint: Endpoint, judge: Callable[..., Judge]):
     of = judge(template='{{"task": {prompt}, "like": {"score": 1}}} {answer} {completion}')
     ask(of, "plain", answer="gold")
@@ -316,7 +374,15 @@ def test_a_completion_stays_within_its_marks(endpoint: Endpoint, judge: Callable
     ("settings", "message"),
     [
         ({"base_url": "https://me:secret@judge.example/v1"}, "must not hold a password"),
+        ({"base_url": "https://judge.example/v1?key=secret"}, "must not hold a password, key or query"),
         ({"score_range": [1, 1]}, "low < high"),
+        ({"timeout": 0}, "timeout=0 must be above 0"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"retries": -1}, "retries=-1 must be at least 0"),
+        ({"concurrency": 0}, "concurrency=0 must be at least 1"),
+        ({"budget_requests": -1}, "budget_requests=-1"),
+        ({"budget_tokens": -1}, "budget_tokens=-1"),
+        ({"pattern": "("}, "is no regular expression"),
         ({"structured": True, "score_range": [0, 0.5]}, "whole numbers"),
         ({"when_spent": "guess"}, "must be none or error"),
         ({"template": "{prompt}"}, "nothing to judge"),

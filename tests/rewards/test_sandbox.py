@@ -135,6 +135,8 @@ FORBIDDEN = {
     "attributes": "os.setxattr(SECRET, 'user.x', b'1')",
     "write a library": "open(os.__file__, 'a')",
     "make a pipe": "os.mkfifo('pipe')",
+    "a file without a name": "os.open('.', os.O_TMPFILE | os.O_RDWR)",
+    "allocate": "os.posix_fallocate(os.open('mine', os.O_RDWR | os.O_CREAT), 0, 1 << 20)",
     "shared memory": "from multiprocessing.shared_memory import SharedMemory; SharedMemory(create=True, size=9)",
     "TCP": "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
     "UDP": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
@@ -234,7 +236,9 @@ ALLOW, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
         ("aarch64", 210, (), ALLOW),  # shutdown, the last without conditions
         ("aarch64", 56, (0, 0, 0o1001), ALLOW),  # openat
         ("aarch64", 56, (0, 0, 0o1000), DENY),
+        ("aarch64", 56, (0, 0, 0o20040002), DENY),  # O_TMPFILE
         ("aarch64", 220, (0x3D0F00,), ALLOW),  # clone, as for a thread
+        ("aarch64", 220, (0x3D0B00,), DENY),  # without CLONE_FILES: 64 open files of its own
         ("aarch64", 220, (0x1200011,), DENY),  # as for a fork
         ("aarch64", 220, (0x103D0F00,), DENY),  # CLONE_NEWUSER
         ("aarch64", 129, (77,), ALLOW),  # kill
@@ -244,12 +248,13 @@ ALLOW, DENY, UNKNOWN, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
         ("aarch64", 199, (2, 1), DENY),
         ("aarch64", 206, (0, 0, 0, 1), DENY),  # sendto, MSG_OOB
         ("aarch64", 25, (0, 8), DENY),  # fcntl, F_SETOWN
-        *(("aarch64", n, (), DENY) for n in (198, 203, 221, 117, 97, 40, 52, 54, 270)),
+        *(("aarch64", n, (), DENY) for n in (47, 198, 203, 221, 117, 97, 40, 52, 54, 270)),
         *(("aarch64", n, (), UNKNOWN) for n in (424, 425, 435, 437, 452, 0x40000000)),
         ("x86_64", 0, (), ALLOW),
         ("x86_64", 2, (0, 0o1000), DENY),
         ("x86_64", 2, (0, 0o1102), ALLOW),
-        *(("x86_64", n, (), DENY) for n in (41, 42, 57, 58, 59, 101, 90, 322)),
+        ("x86_64", 257, (0, 0, 0o20200002), DENY),
+        *(("x86_64", n, (), DENY) for n in (41, 42, 57, 58, 59, 101, 90, 285, 322)),
         ("x86_64", 0x40000000, (), UNKNOWN),
         ("other", 0, (), KILL),
     ],
@@ -384,6 +389,41 @@ def test_limits_hold(program: str, status: str):
     assert len(result.stderr) <= 64 << 10
 
 
+DELETED = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mmap.restype = ctypes.c_void_p
+def hold(files, mib, how):
+    for i in range(files):
+        name = "x" * 200 + str(i)
+        f = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.write(f, bytes(mib << 20))
+        os.unlink(name)
+        if how == "map":
+            libc.mmap(None, 4096, 1, 1, f, 0)
+            os.close(f)
+    time.sleep(0.4)
+    print("held")
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("hold(6, 16, 'open')", "disk"),
+        ("hold(6, 1, 'map')", "disk"),
+        ("threading.Thread(target=hold, args=(6, 1, 'map')).start(); libc.syscall(EXIT, 0)", "disk"),
+        ("hold(3, 1, 'map'); hold(3, 16, 'open')", "disk"),
+        ("hold(2, 1, 'map'); hold(2, 8, 'open')", "ok"),
+    ],
+)
+def test_deleted_files_that_are_held_count(program: str, status: str):
+    leave = f"EXIT = {60 if os.uname().machine == 'x86_64' else 93}\n"
+    result = ran(DELETED + leave + program, stdin="x" * (70 << 20) if status == "ok" else "")
+    assert result.status == status, result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1.0, 10.0])
 def test_many_processors_count_as_time(seconds: float):
@@ -476,6 +516,14 @@ PASSES = "assert f(1) == 2"
         ("import threading, os\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while 1: 0",
          PASSES, "error"),
         ("f = lambda x: f(x)", PASSES, "error"),
+        ("set = sorted = lambda x: 0\nf = lambda x: 0", "assert set(f(1)) == set([2])", "error"),
+        ("all = lambda g: True; abs = lambda x: 0\nf = lambda x: x", "assert all([f(1) == 2])", "error"),
+        ("abs = lambda x: 0\nf = lambda x: x", "def test_f(): assert abs(f(1) - 2) < 1e-6", "error"),
+        ("any = lambda g: True\nf = lambda x: x", "from solution import *\nassert any([f(1) == 2])", "error"),
+        ("import builtins\n__builtins__ = {**vars(builtins), 'all': any}\nf = lambda x: x",
+         "assert all([f(1) == 2, True])", "error"),
+        ("def sum(a, b): return a + b\ndef f(x): return sum(x, 1)", PASSES + "\nassert sum([1, 1]) == 2", "ok"),
+        ("max = 0\ndef f(x):\n    global max\n    max += x + 1\n    return max", PASSES, "ok"),
         ("check = lambda c: None\nf = lambda x: x", "def check(c): assert c(1) == 2\ncheck(f)", "error"),
     ],
 )  # fmt: skip
@@ -487,6 +535,8 @@ def test_a_check_gets_its_candidate():
     check = Check("def check(candidate): assert candidate(1) == 2", "f")
     assert ran("f = lambda x: x + 1", then=check).status == "ok"
     assert ran("f = lambda x: x", then=check).status == "error"
+    named = Check("assert sum(1, 2) == 3", "sum")
+    assert ran("def sum(a, b): return a + b", then=named).status == "ok", "a candidate may have a builtin's name"
 
 
 def test_the_harness_is_not_in_the_program_s_hands_by_mere_looks():
