@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tool = f" {options.tool}" if "tool" in options else ""
         print(f"hybrid-rl {options.command}{tool}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"hybrid-rl {options.command}: interrupted", file=sys.stderr)
+        return 130
     except WorkerDied as death:
         print(f"hybrid-rl {options.command}: {death}. `--resume` goes on from a checkpoint", file=sys.stderr)
         return 1

@@ -638,10 +638,9 @@ class Config(Settings):
         name = wanted[held_out] if isinstance(wanted, dict) else wanted or self.rewards[0].name
         return next(spec for spec in self.rewards if spec.name == name)
 
-    @property
-    def judging(self) -> Config:
-        """The same with the rewards alone that measure accuracy."""
-        names = {self.accuracy(name).name for name in self.data.held_out}
+    def judging(self, *held_out: str) -> Config:
+        """The same with the rewards alone that measure accuracy on these sets of held-out problems."""
+        names = {self.accuracy(name).name for name in held_out}
         kept = [spec.model_copy(update={"gate": None}) for spec in self.rewards if spec.name in names]
         return self.model_copy(update={"rewards": kept})
 

@@ -280,20 +280,18 @@ def evaluation_table(
     scores: Mapping[str, float], ranks: Mapping[int, Mapping[str, float]], areas: Mapping[str, float], problems: int
 ) -> Table:
     """Held-out scores of a policy, of its `ranks`, and by data set; `areas`: AURAC by form."""
-    table = Table("policy" if not ranks else "rank", "accuracy", title=f"Held out: {problems} problems")
-    rows = {"as trained" if ranks else "as it is": scores, **{str(k): found for k, found in ranks.items()}}
     sets = dict.fromkeys(name.rpartition("/accuracy")[0] for name in scores if name.endswith("/accuracy"))
+    columns = {"as trained" if ranks else "mean of sets" if sets else "policy": scores}
+    columns |= {f"rank {k}": found for k, found in ranks.items()}
     for each in sets:
-        rows[each] = {n.removeprefix(f"{each}/"): value for n, value in scores.items() if n.startswith(f"{each}/")}
-    names = {"mean_at_k": "mean@k", "maj_at_k": "maj@k"}
+        columns[each] = {n.removeprefix(f"{each}/"): value for n, value in scores.items() if n.startswith(f"{each}/")}
+    names = {"accuracy": "accuracy", "mean_at_k": "mean@k", "maj_at_k": "maj@k"}
     names |= {name: name.replace("_at_", "@") for name in scores if name.startswith("pass_at_") and name != "pass_at_1"}
     names |= {name: name for name in ("answered", "stopped", "truncated", "unscored")}
-    names = {name: label for name, label in names.items() if name in scores}
-    for label in names.values():
-        table.add_column(label)
-    for label, found in rows.items():
-        cells = [_cell(found.get(name), ".0f" if name == "unscored" else ".3f") for name in names]
-        table.add_row(label, _with_interval(found, "accuracy"), *cells)
+    table = Table("", *columns, title=f"Held out: {problems} problems")
+    for name, label in names.items():
+        if name in scores:
+            table.add_row(label, *(_cell(found, name) for found in columns.values()))
     if areas:
         table.caption = (
             f"AURAC {areas['linear']:.3f} over ranks, {areas['log2']:.3f} over doublings. A rank is its adapter alone; "
@@ -302,15 +300,14 @@ def evaluation_table(
     return table
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def _with_interval(scores: Mapping[str, float], name: str) -> str:
-    between = (
-        f" [{scores[f'ci/{name}_low']:.3f}, {scores[f'ci/{name}_high']:.3f}]" if f"ci/{name}_low" in scores else ""
-    )
-    return f"{scores[name]:.3f}{between}"
+def _cell(scores: Mapping[str, float], name: str) -> str:
+    """A score with its interval, if it has one."""
+    if name not in scores:
+        return "-"
+    if name == "unscored":
+        return f"{scores[name]:.0f}"
+    low, high = scores.get(f"ci/{name}_low"), scores.get(f"ci/{name}_high")
+    return f"{scores[name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
 
 
 def draw_ranks(

@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
+from hybrid_rl.plugins import absolute
 from hybrid_rl.reward.trial import Row, Trial, Verdict
 from hybrid_rl.types import Outcome
 from trainers.verdict_tables import (
@@ -63,9 +64,12 @@ def try_reward(
 ) -> None:
     """Score the completions of `data` and print what came of it; `columns`: our name -> the file's.
 
-    Raises `ConfigError` for data that cannot be read or lacks what the plugin needs, and for a plugin that cannot be
-    loaded. One that fails, always or now and then, is no error here: it is what this shows.
+    Raises `ConfigError` for data that cannot be read or lacks what the plugin needs, for a plugin that cannot be
+    loaded, and for one that would be compared with itself. One that fails, always or now and then, is no error here: it
+    is what this shows.
     """
+    if against is not None and _same(asked.spec, against.spec):
+        raise ConfigError(f"--against {against.spec.plugin}: that is the plugin itself, with the same arguments")
     rows, messages = read_rows(data, columns)
     rows = rows[:limit]
     several = [asked] if against is None else [asked, against]
@@ -101,6 +105,10 @@ def _tables(verdicts: Mapping[str, Verdict], rows: Sequence[Row], data: Path) ->
             yield metric_table(verdict.metrics, label)
         if any(outcome.failed for outcome in verdict.outcomes):
             yield failure_table(verdict, rows, label)
+
+
+def _same(a: RewardSpec, b: RewardSpec) -> bool:
+    return (absolute(a.plugin), a.arguments) == (absolute(b.plugin), b.arguments)
 
 
 def _labels(asked: Sequence[Asked]) -> list[str]:

@@ -95,7 +95,7 @@ def evaluate_policy(
     for what cannot be evaluated.
     """
     policy = _find(config, checkpoint, export)
-    config = policy.config.judging
+    config = policy.config.judging(*policy.config.data.held_out)
     task = check_input(config)
     plan = _check_plan(policy, task)
     ranks = _checked(ranks, plan)
@@ -144,8 +144,11 @@ def eval_command(
     """Evaluate and print a table; with `ranks`, write `eval_ranks.json` and its curve, to `out` or else beside the
     policy; without, `eval.json` to `out` alone. `out` also gets every answer, in `eval_answers.jsonl`."""
     numbers = _numbers(ranks) if ranks is not None else ()
-    if out is not None and not out.is_dir():
-        raise ConfigError(f"--out {out} is no directory; make it")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be made: {error}") from None
     result = evaluate_policy(config, console, checkpoint=checkpoint, export=export, ranks=numbers)
     directory = out or (result.directory if numbers else None)
     if directory is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from hybrid_rl.config import Config, ConfigError, RewardSpec
 from hybrid_rl.files import write_atomically
+from hybrid_rl.plugins import absolute
 from hybrid_rl.reward.trial import Row, Verdict
 from hybrid_rl.tracking import RunDirectory
 from hybrid_rl.types import Outcome
@@ -55,10 +57,10 @@ def replay_reward(
 
     `steps`: `A-B`, or one number. `instead_of`: which of the run's rewards the new one would replace; by default the
     one of the same plugin, or the only one; else it would replace them all. `out`: where each completion's scores go.
-    Raises `ConfigError` for a run without rollouts, and as `open_trial` does.
+    Raises `ConfigError` for a run without rollouts, where `out` cannot be written, and as `open_trial` does.
     """
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: the directory {out.parent} does not exist")
+    if out is not None:
+        _check_writable(out)
     replaced = _replaced(asked.spec, config, instead_of)
     kept = read_rollouts(run, _span(steps), replaced.name if replaced else None, columns)
     rows = [each.row for each in kept]
@@ -86,6 +88,19 @@ def replay_reward(
         console.print(f"scores  {out}", markup=False, highlight=False)
     if as_json:
         print(json.dumps(result))
+
+
+def _check_writable(out: Path) -> None:
+    """Raises `ConfigError` where no such file could be written once all is scored."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a directory; name a file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: the directory {out.parent} does not exist")
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
 def read_rollouts(
@@ -138,7 +153,7 @@ def _replaced(spec: RewardSpec, config: Config, name: str | None) -> RewardSpec 
             known = ", ".join(each.name for each in config.rewards)
             raise ConfigError(f"--instead-of {name!r} is none of the run's rewards; it has {known}")
         return found
-    alike = [each for each in config.rewards if each.plugin == spec.plugin]
+    alike = [each for each in config.rewards if absolute(each.plugin) == absolute(spec.plugin)]
     if len(alike) == 1:
         return alike[0]
     return config.rewards[0] if len(config.rewards) == 1 else None

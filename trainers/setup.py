@@ -52,6 +52,7 @@ class Task:
     too_long: int
     """Training prompts left out as too long."""
     columns: list[str]
+    """Of training and held-out problems alike."""
     plan: AdaptationPlan | None = None
     """The plan given by `plan.path` or `plan.start`, or a resumed run's own."""
     start: Start | None = None
@@ -117,14 +118,20 @@ def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
     _check_algorithm(config)
     task, model = _read_input(config)
     plan, start = _check_plans(config, model, task.anatomy, plan)
-    return replace(task, plan=plan, start=start, rewards=check_rewards(config, task.columns))
+    rewards = check_rewards(config, task.train, f"data.train={config.data.train}")
+    for name, prompts in task.eval.items():
+        check_rewards(config.judging(name), prompts, f"data.eval={config.data.held_out[name]}")
+    return replace(task, plan=plan, start=start, rewards=rewards)
 
 
 def check_input(config: Config) -> Task:
     """`check_task` without what decides how a policy is trained: for one that is there already. The rewards need the
     columns of the held-out problems alone."""
     task = _read_input(config, trains=False)[0]
-    return replace(task, rewards=check_rewards(config, task.columns))
+    rewards: dict[str, Any] = {}
+    for name, prompts in task.eval.items():
+        rewards |= check_rewards(config.judging(name), prompts, f"data.eval={config.data.held_out[name]}")
+    return replace(task, rewards=rewards)
 
 
 def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
@@ -153,11 +160,6 @@ def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
                 "%s: %d of %d problems are longer than data.max_prompt_length=%d and are not evaluated",
                 *(setting, left_out, len(rows), data.max_prompt_length),
             )
-        if not any(config.accuracy(name).asks_about(p.columns) for p in prompts):
-            raise ConfigError(
-                f"{setting}: accuracy is measured by {config.accuracy(name).name}, which is for none of its problems "
-                f"(when: {config.accuracy(name).when}); name another by eval.reward"
-            )
         held_out[name] = [replace(p, id=f"{name}/{p.id}") for p in prompts] if len(data.held_out) > 1 else prompts
     train, too_long = build_prompts(train_rows, data, tokenizer, setting="data.train")
     _check_length(config, model, [*train, *(p for prompts in held_out.values() for p in prompts)])
@@ -166,19 +168,31 @@ def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
     return Task(anatomy, model_bytes, train, held_out, too_long, sorted(set.intersection(*columns))), model
 
 
-def check_rewards(config: Config, columns: Sequence[str]) -> Mapping[str, Any]:
-    """Import every reward's plugin here first: what is wrong with one is said before any worker starts. Returns their
-    arguments, defaults included."""
+def check_rewards(config: Config, prompts: Sequence[Prompt], source: str) -> Mapping[str, Any]:
+    """Import every reward's plugin here first: what is wrong with one, for problems of `source`, is said before any
+    worker starts. Returns their arguments, defaults included."""
+    columns = sorted(prompts[0].columns)
     for spec in config.rewards:
         unknown = sorted(set(spec.when) - set(columns))
         if unknown:
-            raise ConfigError(f"rewards: when of {spec.name} names the column {unknown[0]!r}; the data has {columns}")
-    seen = json.dumps([[s.name, s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [list(columns)])
+            raise ConfigError(
+                f"rewards: when of {spec.name} names the column {unknown[0]!r}; {source} has {', '.join(columns)}"
+            )
+        if not any(spec.asks_about(prompt.columns) for prompt in prompts):
+            name = min(spec.when)
+            values = sorted({repr(prompt.columns[name]) for prompt in prompts})
+            some = ", ".join([*values[:3], *["..."][: len(values) - 3]])
+            raise ConfigError(
+                f"rewards: {spec.name} is for no problem of {source}: its when is {spec.when}, and {name} is {some}"
+            )
+    seen = json.dumps([[s.name, s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [columns])
     if seen in _checked:
         return _checked[seen]
     host = RewardHost(config.rewards, config.reward.model_copy(update={"workers": 1}))
     try:
         _checked[seen] = host.check(columns, ahead=False)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({source})") from None
     finally:
         host.close()
     return _checked[seen]
@@ -303,7 +317,9 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner
         if rollouts:
             workplace.rewards = RewardPool(config.rewards, config.reward, cluster, chat=config.data.chat)
             stack.callback(workplace.rewards.close)
-            workplace.rewards.check(task.columns)
+            # Which problems have what each needs, `check_rewards` has seen.
+            first = [prompts[0] for prompts in (task.train, *task.eval.values())]
+            workplace.rewards.check(sorted(set().union(*(prompt.columns for prompt in first))))
         workplace.transport = transport = cluster.transport(config)
         cluster.reserve(_places(config, cluster, ranks, engines))
         workplace.pool = RolloutPool(

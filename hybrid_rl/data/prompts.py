@@ -34,6 +34,8 @@ def build_prompts(
     """
     prompts = []
     for i, row in enumerate(rows):
+        if row["prompt"] is None:
+            raise ConfigError(f"{setting}: row {i} has no prompt; give it one, or set data.columns.prompt")
         text = settings.template.replace("{prompt}", str(row["prompt"]))
         if settings.chat:
             message = [{"role": "user", "content": text}]

@@ -187,7 +187,8 @@ def _outcome_metrics(name: str, outcomes: Sequence[Outcome]) -> dict[str, float]
     """A reward's mean, how often it gave none and why, and means of what its plugin measured."""
     measured = dict.fromkeys(key for o in outcomes for key in o.metrics)
     metrics = {f"reward/{name}/{key}": _mean([o.metrics.get(key) for o in outcomes]) for key in measured}
-    metrics[f"reward/{name}/mean"] = _mean([o.score for o in outcomes])
+    if any(o.score is not None for o in outcomes):
+        metrics[f"reward/{name}/mean"] = _mean([o.score for o in outcomes])
     for kind in ("not_applicable", *FAILURES):
         metrics[f"reward/{name}/{kind}"] = sum(o.kind == kind for o in outcomes)
     return metrics

@@ -6,6 +6,6 @@ the calling process, and nothing that it sends back is unpickled there.
 """
 
 from hybrid_rl.plugins.processes import Answer, Failure, PluginProcesses, late
-from hybrid_rl.plugins.resolve import call, load_plugin, missing
+from hybrid_rl.plugins.resolve import absolute, call, load_plugin, missing
 
-__all__ = ["Answer", "Failure", "PluginProcesses", "call", "late", "load_plugin", "missing"]
+__all__ = ["Answer", "Failure", "PluginProcesses", "absolute", "call", "late", "load_plugin", "missing"]

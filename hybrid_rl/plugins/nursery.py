@@ -40,15 +40,30 @@ class Worker:
     used: bool = False
     worn: bool = False
     """Whether it should not be called again."""
+    nursery: int = 0
+    """The process that it was forked from."""
+    ready: set[bytes] = field(default_factory=set)
+    """Calls that made it ready for others."""
     verdict: str = ""
     """Why the watch killed it."""
+    outgrown: bool = False
+    """Whether that was for its memory, which earlier calls may have filled."""
     processes: int = 1
     """That it was, with what it had started, when the watch looked last."""
     printed: bytearray = field(default_factory=bytearray)
 
     def __post_init__(self) -> None:
         self.lines = Lines(self.socket)
-        self._born = born(self.pid)
+        self._born, self._nursery_born = born(self.pid), born(self.nursery)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether an earlier call may be why it ended."""
+        return not self.verdict or self.outgrown
+
+    def orphaned(self) -> bool:
+        """Whether its nursery is gone, at which it is killed."""
+        return born(self.nursery) != self._nursery_born
 
     def waits(self) -> bool:
         """Whether it can be called; an idle worker says nothing until it ends."""
@@ -90,12 +105,15 @@ class Nursery:
         self._closed = False
 
     def fork(self) -> Worker:
-        """A new worker. Raises `RuntimeError` if there cannot be one."""
+        """A new worker. Raises `RuntimeError` if there cannot be one, and `BlockingIOError` if the system has no
+        place for one now."""
         with self._lock:
             for again in (True, False):
                 try:
                     self._ensure()
                     return self._fork()
+                except BlockingIOError:
+                    raise
                 except (OSError, EOFError, ValueError) as error:
                     self._give_up()
                     if self._closed or not again:
@@ -136,7 +154,9 @@ class Nursery:
         read, write = os.pipe()
         try:
             socket.send_fds(self._socket, [json.dumps(["fork"]).encode()], [its.fileno(), write])
-            pid = self._read("forked", _FORK_SECONDS)
+            message = self._read("forked", _FORK_SECONDS)
+            if (pid := message["forked"]) is None:
+                raise BlockingIOError(message["why"])
         except BaseException:
             mine.close()
             os.close(read)
@@ -148,7 +168,8 @@ class Nursery:
         os.set_blocking(read, False)
         with contextlib.suppress(OSError):  # the system has its limits
             fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        return Worker(pid, mine, read)
+        assert self._process is not None
+        return Worker(pid, mine, read, nursery=self._process.pid)
 
     def _ensure(self) -> None:
         """Raises `OSError`, `EOFError` or `ValueError` if it does not start."""
@@ -179,7 +200,7 @@ class Nursery:
     def _load(self, what: tuple[Any, ...]) -> None:
         try:
             self._socket.sendall(json.dumps(["load", *what]).encode())
-            failed = self._read("loaded")
+            failed = self._read("loaded")["loaded"]
         except (OSError, EOFError, ValueError):  # what a worker could import ends or hangs this process
             failed = "it ends the process, or takes too long"
         if failed is None:
@@ -189,12 +210,12 @@ class Nursery:
         self._give_up()
         self._ensure()
 
-    def _read(self, name: str, seconds: float | None = None) -> Any:
+    def _read(self, name: str, seconds: float | None = None) -> dict[str, Any]:
         """The next message with `name`. Raises `EOFError`, `OSError` or `ValueError` if there is none."""
         until = time.monotonic() + (START_SECONDS if seconds is None else seconds)
         while name not in (message := self._take(until)):
             pass
-        return message[name]
+        return message
 
     def _take(self, until: float) -> dict[str, Any]:
         message = self._lines.take(until)

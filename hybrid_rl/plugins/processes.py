@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_rl.plugins import nursery
@@ -38,6 +38,11 @@ class Failure:
     """`timeout`, `error` or `crash`."""
     detail: str
 
+    @property
+    def said(self) -> str:
+        """What it did, to follow its name."""
+        return f"raised {self.detail}" if self.kind == "error" else self.detail
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,7 +52,7 @@ class Answer:
     """Those that came before the failure, if there is one."""
     failure: Failure | None
     doubtful: bool = False
-    """Whether the process ended in a way that an earlier call may have brought about."""
+    """Whether the process ended in a way that an earlier call, or the end of its nursery, may have brought about."""
 
 
 def late(seconds: float) -> str:
@@ -80,7 +85,6 @@ class PluginProcesses:
         for _ in range(workers):
             self._idle.put(None)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="plugins")
-        self._first: list[bytes] = []
         self._closed = False
         self._out: set[Worker] = set()
         self._lock = threading.Lock()
@@ -93,13 +97,11 @@ class PluginProcesses:
             raise ValueError(answer.failure.detail)
         return answer.values[0]
 
-    def preload(self, spec: str, group: str | None = None, first: tuple[Any, ...] = ()) -> None:
-        """Have all further workers start with a plugin imported, one that `check` has seen to be harmless; `first` is a
-        function with its arguments that each calls when it starts. Waits for calls under way."""
+    def preload(self, spec: str, group: str | None = None) -> None:
+        """Have all further workers start with a plugin imported, one that `check` has seen to be harmless. Waits for
+        calls under way."""
         taken = [self._idle.get() for _ in range(self._count)]
         try:
-            if first:
-                self._first.append(pickle.dumps((first[0], first[1:], True)))
             for worker in taken:
                 if worker is not None:
                     self._retire(worker, END_SECONDS)
@@ -114,10 +116,12 @@ class PluginProcesses:
             raise RuntimeError("the plugin processes were stopped")
         return self._threads.submit(self.run, function, *arguments)
 
-    def run(self, function: Callable[..., Iterator[Any]], *arguments: Any) -> Answer:
+    def run(self, function: Callable[..., Iterator[Any]], *arguments: Any, first: tuple[Any, ...] = ()) -> Answer:
         """Call a generator function in a worker, once one is free. The arguments are pickled; values come back as JSON
-        has them. Raises `RuntimeError` if no process can be started."""
-        return self._run(pickle.dumps((function, arguments, False)), self._timeout)
+        has them. `first` is a function with its arguments that a worker calls before the first call that names it, with
+        as long as importing may take. Raises `RuntimeError` if no process can be started."""
+        ready = pickle.dumps((first[0], first[1:], True)) if first else None
+        return self._run(pickle.dumps((function, arguments, False)), self._timeout, ready)
 
     def close(self) -> None:
         """Calls under way end as failed, and so do later ones."""
@@ -147,26 +151,29 @@ class PluginProcesses:
             self._idle.put(None)
         self._threads.shutdown(wait=True)
 
-    def _run(self, call: bytes, seconds: float) -> Answer:
+    def _run(self, call: bytes, seconds: float, first: bytes | None = None) -> Answer:
         worker = self._idle.get()
         try:
             if worker is not None and not worker.waits():
                 logger.warning("a plugin process died while idle; starting a new one")
                 worker = self._retire(worker)
-            used = worker is not None
-            worker, answer = self._ask(worker, call, seconds)
-            if used and answer.doubtful and not answer.values:
-                worker, answer = self._ask(None, call, seconds)
+            worker, answer = self._ask(worker, call, seconds, first)
+            if answer.doubtful and not answer.values:
+                worker, answer = self._ask(None, call, seconds, first)
             return answer
         finally:
             self._idle.put(worker)
 
-    def _ask(self, worker: Worker | None, call: bytes, seconds: float) -> tuple[Worker | None, Answer]:
+    def _ask(
+        self, worker: Worker | None, call: bytes, seconds: float, first: bytes | None
+    ) -> tuple[Worker | None, Answer]:
         """The answer, and a worker that can be asked again."""
         ready = worker or self._start()
         if isinstance(ready, Answer):
             return None, ready
-        answer = self._call(ready, call, seconds)
+        answer = self._make_ready(ready, first) or self._call(ready, call, seconds)
+        doubtful = answer.doubtful and (worker is not None or bool(answer.values) or ready.orphaned())
+        answer = replace(answer, doubtful=doubtful)
         if answer.failure is not None and answer.failure.kind != "error":
             return self._retire(ready), answer
         return self._retire(ready, END_SECONDS) if ready.worn else ready, answer
@@ -175,6 +182,8 @@ class PluginProcesses:
         """A new worker, or why there is none."""
         try:
             worker = self._nursery.fork()
+        except BlockingIOError as error:
+            return Answer([], Failure("crash", f"could be given no process: {error}"))
         except RuntimeError:
             if self._closed:
                 return _STOPPED
@@ -182,19 +191,19 @@ class PluginProcesses:
         with self._lock:
             self._out.add(worker)
         self._watch.add(worker)
-        failed = _STOPPED if self._closed else self._make_ready(worker)  # `close` may not have seen it
-        if failed is None:
+        if not self._closed:
             return worker
-        self._retire(worker)
-        return failed
+        self._retire(worker)  # `close` may not have seen it
+        return _STOPPED
 
-    def _make_ready(self, worker: Worker) -> Answer | None:
+    def _make_ready(self, worker: Worker, first: bytes | None) -> Answer | None:
         """Why it cannot be called, if so. An error is no reason: the call itself will meet it again, and say so."""
-        for call in self._first:
-            answer = self._call(worker, call, nursery.START_SECONDS)
-            if answer.failure is not None and answer.failure.kind != "error":
-                return answer
-        return None
+        if first is None or first in worker.ready:
+            return None
+        answer = self._call(worker, first, nursery.START_SECONDS)
+        worker.ready.add(first)
+        failed = answer.failure is not None and answer.failure.kind != "error"
+        return replace(answer, values=[]) if failed else None
 
     def _retire(self, worker: Worker, seconds: float = 0.0) -> None:
         worker.end(seconds)
@@ -212,7 +221,7 @@ class PluginProcesses:
             if "begun" not in worker.lines.take(until):
                 raise ValueError("out of turn")
         except (OSError, EOFError, ValueError) as error:
-            return Answer(values, Failure("crash", self._why(worker, error)), not worker.verdict)
+            return Answer(values, Failure("crash", self._why(worker, error)), worker.doubtful)
         try:
             while True:
                 message = worker.lines.take(time.monotonic() + seconds)
@@ -226,11 +235,11 @@ class PluginProcesses:
             return Answer(values, Failure("error", str(end)) if end is not None else None)
         except TimeoutError:
             if worker.verdict:  # it is being killed, which takes its time
-                return Answer(values, Failure("crash", worker.verdict))
+                return Answer(values, Failure("crash", worker.verdict), worker.doubtful)
             detail = late(seconds) if seconds == self._timeout else f"took more than {seconds:g} s to start"
             return Answer(values, Failure("timeout", detail))
         except (OSError, EOFError, ValueError, KeyError) as error:
-            return Answer(values, Failure("crash", self._why(worker, error)), not worker.verdict)
+            return Answer(values, Failure("crash", self._why(worker, error)), worker.doubtful)
 
     def _why(self, worker: Worker, error: Exception) -> str:
         """What became of a worker that answered no more, or in no way that can be read."""

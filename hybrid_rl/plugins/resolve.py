@@ -32,15 +32,20 @@ def call(spec: str, arguments: Mapping[str, Any]) -> Any:
     """Call a plugin with those of the arguments that it takes; one that is asynchronous is waited for."""
     function = load_plugin(spec)
     result = function(**accepted(function, arguments))
-    return asyncio.run(_wait(result)) if inspect.isawaitable(result) else result
+    return asyncio.run(wait(result)) if inspect.isawaitable(result) else result
 
 
 def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a function takes by name."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    if takes_all(function):
         return dict(arguments)
+    parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def takes_all(function: Callable[..., Any]) -> bool:
+    """Whether a function takes arguments of any name."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def named_parameters(function: Callable[..., Any]) -> dict[str, bool]:
@@ -55,13 +60,20 @@ def missing(function: Callable[..., Any], given: Iterable[str]) -> list[str]:
     return [name for name, needed in named_parameters(function).items() if needed and name not in set(given)]
 
 
+def absolute(spec: str) -> str:
+    """A plugin's name, with the path of its file made absolute: processes may be started elsewhere."""
+    source, _, name = spec.rpartition(":")
+    return f"{Path(source).resolve()}:{name}" if source.endswith(".py") else spec
+
+
 def _full_name(spec: str, group: str | None) -> str:
     if ":" in spec:
         return spec
     offered = {e.name: e.value for e in entry_points(group=group)} if group is not None else {}
     if spec not in offered:
-        known = f"; installed packages offer {', '.join(sorted(offered))}" if offered else ""
-        raise ValueError(f"{spec!r} is not of the form module:function or path/to/file.py:function{known}")
+        known = f", which offer {', '.join(sorted(offered))}" if offered else ""
+        packages = f", nor a name that installed packages offer as {group}{known}" if group is not None else ""
+        raise ValueError(f"{spec!r} is not of the form module:function or path/to/file.py:function{packages}")
     return offered[spec]
 
 
@@ -76,5 +88,6 @@ def _load_file(path: Path) -> Any:
     return module
 
 
-async def _wait(awaitable: Any) -> Any:
+async def wait(awaitable: Any) -> Any:
+    """Of anything that can be awaited, a coroutine."""
     return await awaitable

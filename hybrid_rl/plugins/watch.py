@@ -96,6 +96,7 @@ class Watch:
             and sum(map(memory, tree)) > most
             and sum(memory(pid, exact=True) for pid in tree) > most
         ):
+            worker.outgrown = True
             worker.verdict = f"used more than reward.memory_mib={self._memory} MiB"
         worker.processes = len(tree)
         if worker.verdict:

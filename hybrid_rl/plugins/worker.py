@@ -7,7 +7,7 @@ without trusting it.
 After each call a worker undoes what would reach the next: signal handlers and timers, the working directory,
 environment variables, and child processes, however they detached themselves; what a *lasting* call, one that makes a
 plugin ready, did to the latter three stays. So does what any call changes in Python's own memory, threads included; a
-worker with many threads is replaced.
+worker with many threads, or with some that go on working, is replaced: it ends instead of taking up a call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -37,6 +38,8 @@ MUTE = 74
 _LONGEST_REASON = 2000
 _MOST_THREADS = 40
 """That calls may leave behind in a worker; an executor of asyncio's has 32."""
+_MOST_BUSY_SECONDS = 0.1
+"""Of the processor, that threads left behind may take between calls, or half of that time if it is more."""
 _at_end: list[Callable[[], Any]] = []
 
 
@@ -85,16 +88,21 @@ def nursery(descriptor: int) -> None:
             _tell(caller, {"loaded": _load(*rest)})
             continue
         here = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # the system has its limits
+            pid = None
+            _tell(caller, {"forked": None, "why": reason(error)})
         if pid == 0:
             caller.close()
             os.close(wake_up)
             os.close(woken)
             _work(here, *descriptors)
-        workers.add(pid)
         for each in descriptors:
             os.close(each)
-        _tell(caller, {"forked": pid})
+        if pid is not None:
+            workers.add(pid)
+            _tell(caller, {"forked": pid})
 
 
 def _load(module: str, function: str, *arguments: Any) -> str | None:
@@ -103,7 +111,11 @@ def _load(module: str, function: str, *arguments: Any) -> str | None:
         getattr(importlib.import_module(module), function)(*arguments)
     except BaseException as error:
         return reason(error)
-    return "it starts threads" if threading.active_count() > 1 else None
+    for _ in range(5):  # one that was waited for is still listed for a moment
+        if len(os.listdir("/proc/self/task")) == 1:  # also those that Python knows nothing of
+            return None
+        time.sleep(0.02)
+    return "it starts threads"
 
 
 def _ended() -> Iterator[tuple[int, int]]:
@@ -144,14 +156,20 @@ def _work(parent: int, descriptor: int, output: int) -> None:
 def _serve(caller: BinaryIO) -> None:
     """Answer calls until there are no more. Raises `OSError` if the caller cannot be reached."""
     own = set(threading.enumerate())
+    idle, busy = 0.0, 0.0
     while True:
         _reset_signals()
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = (os.fdopen(i, "w", buffering=1, errors="replace", closefd=False) for i in (1, 2))
+        since, spent = time.monotonic(), time.process_time()
         try:
             function, arguments, lasting = pickle.load(caller)
         except EOFError:
             break
+        if set(threading.enumerate()) - own:
+            idle, busy = idle + time.monotonic() - since, busy + time.process_time() - spent
+            if busy > max(_MOST_BUSY_SECONDS, idle / 2):  # what calls left behind would slow all others
+                break
         _say(caller, {"begun": True})
         before = _Surroundings()
         end, said = None, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
 from hybrid_rl.plugins import Failure, PluginProcesses, late
 from hybrid_rl.reward import plugin
+from hybrid_rl.reward.given import taken
 from hybrid_rl.types import Outcome
 
+logger = logging.getLogger(__name__)
 _TOO_FEW = Failure("crash", "gave fewer answers than it was asked for")
 _EARLY_SECONDS = 0.5
 """Before the limit, that an asynchronous plugin's calls are given up one by one: what the others gave can still be
 told. At most a tenth of the limit."""
 _TRIES = 4
 """Completions that are scored by themselves after a group failed, before a plugin that has never answered is taken not
-to answer for the rest of the group either."""
+to answer for the rest of the group either; and those that may then hang in a row before any."""
 
 
 class RewardHost:
@@ -37,6 +40,8 @@ class RewardHost:
         )
         self._ways: dict[int, Mapping[str, Any]] = {}
         self._answered: set[int] = set()
+        self._parted: set[int] = set()
+        """Rewards of which was said that they are asked about completions by themselves."""
         self._lock = threading.Lock()
 
     def check(self, columns: Sequence[str], ahead: bool = True) -> dict[str, Any]:
@@ -64,7 +69,8 @@ class RewardHost:
         """Outcomes of the completions of one prompt with the k-th reward; `group` as `plugin.score` has it.
 
         What fails on a group as a whole is called again for each completion by itself, so that one bad completion costs
-        only itself; unless the plugin says that it needs them all.
+        only itself; unless the plugin says that it needs them all. Where several of these hang in a row, the rest
+        of the group is not waited for.
         """
         size = len(group["completions"])
         try:
@@ -72,16 +78,20 @@ class RewardHost:
                 way = self._ways.get(k) or self._make_ready(k, self._check(k, ()))
         except ValueError as error:
             return [self._failed(k, Failure("error", f"cannot be loaded: {error}"))] * size
+        group = taken(group, way["takes"])
+        first = (plugin.check, self._specs[k].plugin, self._arguments[k], ())
         outcomes: list[Outcome] = []
-        alone, failed = False, 0
+        alone, failed, late = False, 0, 0
         early = self._timeout - min(_EARLY_SECONDS, self._timeout / 10)
         while (done := len(outcomes)) < size:
             end = done + 1 if alone else size
             part = {name: values[done:end] for name, values in group.items()}
-            answer = self._processes.run(plugin.score, self._specs[k].plugin, self._arguments[k], part, early)
+            asked = (self._specs[k].plugin, self._arguments[k], part, early)
+            answer = self._processes.run(plugin.score, *asked, first=first)
             outcomes += [self._outcome(k, value) for value in answer.values[: end - done]]
             if not all(outcome.failed for outcome in outcomes):
                 self._answered.add(k)
+            late = late + 1 if alone and answer.failure is not None and answer.failure.kind == "timeout" else 0
             if len(outcomes) == end or (answer.doubtful and answer.values):
                 continue  # a process that answered for others before it ended may have ended because of them
             failure = self._failed(k, answer.failure or _TOO_FEW)
@@ -90,10 +100,11 @@ class RewardHost:
             elif way["piecewise"] or end - done == 1:
                 outcomes.append(failure)
                 failed += 1
-                if failed >= _TRIES and k not in self._answered:
+                if late >= _TRIES or (failed >= _TRIES and k not in self._answered):
                     outcomes += [failure] * (size - len(outcomes))
             else:
                 alone = True
+                self._say_parted(k, way, failure)
         return outcomes
 
     def close(self) -> None:
@@ -103,10 +114,21 @@ class RewardHost:
         return self._processes.check(plugin.check, self._specs[k].plugin, self._arguments[k], list(columns))
 
     def _make_ready(self, k: int, found: Mapping[str, Any]) -> Mapping[str, Any]:
-        first = (plugin.check, self._specs[k].plugin, self._arguments[k], ())
-        self._processes.preload(self._specs[k].plugin, plugin.ENTRY_POINTS, first)
+        self._processes.preload(self._specs[k].plugin, plugin.ENTRY_POINTS)
         self._ways[k] = found
         return found
+
+    def _say_parted(self, k: int, way: Mapping[str, Any], failure: Outcome) -> None:
+        with self._lock:
+            if way["single"] or k in self._parted:
+                return
+            self._parted.add(k)
+        logger.warning(
+            "reward %s: %s; a group that it fails on is asked about again, one completion at a time. If its scores "
+            "compare completions, give the function the attribute independent = False (docs/rewards.md, Limits)",
+            self._specs[k].name,
+            failure.detail,
+        )
 
     def _outcome(self, k: int, value: Any) -> Outcome:
         """Anything can have written what a process says."""
@@ -123,5 +145,4 @@ class RewardHost:
             return self._failed(k, Failure("crash", "gave no answer that can be read"))
 
     def _failed(self, k: int, failure: Failure) -> Outcome:
-        said = f"raised {failure.detail}" if failure.kind == "error" else failure.detail
-        return Outcome(failure.kind, None, f"{self._specs[k].name} {said}")
+        return Outcome(failure.kind, None, f"{self._specs[k].name} {failure.said}")

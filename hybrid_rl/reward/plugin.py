@@ -1,8 +1,9 @@
 """Calling a reward plugin. Runs in a reward process, never in the trainer's.
 
 A plugin is a function, or a class whose instances are called (`setup` first, `close` at the end, if it has them), or a
-function without any of the parameters below, which makes a reward of the arguments. How a reward is called follows from
-its parameters, as in TRL: `completions` gets a list and returns a list; `completion` gets one and returns one.
+function with none of the parameters that mark a reward (`_MARKS`), which makes one of the arguments. How a reward is
+called follows from its parameters, as in TRL: `completions` gets a list and returns a list; `completion` gets one and
+returns one.
 
 A reward of lists may have an attribute `independent`: `True` if it may be given its completions one at a time, `False`
 if its scores mean something only among all completions of a prompt. Without one, it gets them one at a time after it
@@ -24,7 +25,7 @@ from typing import Any, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from hybrid_rl.plugins.resolve import accepted, load_plugin, missing, named_parameters
+from hybrid_rl.plugins.resolve import accepted, load_plugin, missing, named_parameters, takes_all, wait
 from hybrid_rl.plugins.worker import at_end, reason
 from hybrid_rl.types import FAILURES
 
@@ -32,9 +33,10 @@ ENTRY_POINTS = "hybrid_rl.rewards"
 """Group under which installed packages offer rewards."""
 LISTS = ("completions", "prompts", "completion_ids", "finish_reason", "log_extra", "log_metric")
 """What every reward can take besides the columns: with `completion`, the single `completion`, `prompt` and so on."""
+_LARGE = 1 << 63
 _OWN_METRICS = ("mean", "not_applicable", *FAILURES)
 _SINGLE = {"completions": "completion", "prompts": "prompt"}
-_MARKS = {"completions", "completion", "completion_ids", "prompts"}
+_MARKS = {"completions", "completion", "completion_ids", "prompts", "finish_reason"}
 """Parameters that tell a reward from a function that makes one."""
 
 
@@ -54,24 +56,30 @@ class _Reward:
 
 def check(plugin: str, arguments: str, given: Collection[str]) -> Iterator[dict[str, Any]]:
     """Make a plugin ready for calls. Yields `missing`, the parameters that it wants and is not given; `piecewise`,
-    whether it answers completion by completion; `whole`, whether it must have them all at once; and `settings`, its
-    arguments with their defaults, as text where JSON has no such type.
+    whether it answers completion by completion; `single`, whether it takes one; `whole`, whether it must have them all
+    at once; `parameters`, its own, and whether it needs each; `takes`, those of them that are no arguments, `None`
+    where it takes whatever there is; and `settings`, its arguments with their defaults, as text where JSON has no such
+    type.
 
     Raises what loading it raises, and `TypeError` for arguments it does not take.
     """
     reward = _reward(plugin, arguments)
     lists = LISTS if not reward.single else [_SINGLE.get(name, name) for name in LISTS]
+    parameters = named_parameters(reward.function)
     yield {
         "missing": missing(reward.function, [*lists, *given, *reward.arguments]),
         "piecewise": (reward.single and not reward.asynchronous) or bool(reward.independent),
+        "single": reward.single,
         "whole": not reward.single and reward.independent is False,
+        "parameters": parameters,
+        "takes": None if takes_all(reward.function) else [n for n in parameters if n not in reward.arguments],
         "settings": _settings(plugin, json.loads(arguments)),
     }
 
 
 def score(plugin: str, arguments: str, group: Mapping[str, Sequence[Any]], seconds: float) -> Iterator[dict[str, Any]]:
     """Score the completions of one prompt. `group` has lists of the same length: `completions`, `prompts`,
-    `completion_ids`, `finish_reason` and the columns.
+    `completion_ids`, `finish_reason` and the columns, as far as the plugin takes them.
 
     Yields one object a completion, in order: `score`, `error` or `timeout`, and what was logged. Where the plugin
     returns no list of as many scores as completions, that is the error of each.
@@ -139,11 +147,7 @@ def _call(reward: _Reward, given: Mapping[str, Any]) -> Any:
 
 
 def _finished(result: Any) -> Any:
-    return _loop().run_until_complete(_wait(result)) if inspect.isawaitable(result) else result
-
-
-async def _wait(awaitable: Any) -> Any:
-    return await awaitable
+    return _loop().run_until_complete(wait(result)) if inspect.isawaitable(result) else result
 
 
 @lru_cache(maxsize=1)
@@ -210,8 +214,10 @@ class _Notes:
         self._metrics[self._text(name)] = _number(value)
 
     def _short(self, value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float):
+        if value is None or (isinstance(value, float) and math.isfinite(value)):
             return value
+        if isinstance(value, int):  # Python writes no decimal number of many thousand digits
+            return value if -_LARGE <= value < _LARGE else self._text(hex(value))
         return self._text(value)
 
     def _text(self, value: Any) -> str:

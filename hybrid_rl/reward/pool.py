@@ -11,12 +11,13 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol
 
 from hybrid_rl.config import RewardConfig, RewardSpec
+from hybrid_rl.plugins import absolute
 from hybrid_rl.plugins.processes import GIVE_UP_AFTER
 from hybrid_rl.reward.combine import Examples, Scored, combine
+from hybrid_rl.reward.given import given, wants_chat
 from hybrid_rl.reward.host import RewardHost
 from hybrid_rl.types import Completion, Outcome, Prompt, WorkerDied, WorkerHandle
 
@@ -26,6 +27,7 @@ Verdicts = Mapping[str, tuple[Outcome, ...]]
 _MAX_RESTARTS = 3
 """Times that reward processes of a node are started again, before their death ends the run."""
 _CHECK_SECONDS = 600.0
+_CLOSE_SECONDS = 10.0
 
 
 class Nodes(Protocol):
@@ -98,16 +100,14 @@ class RewardPool:
     def close(self) -> None:
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for host in self._hosts.values():
-            try:
-                host.submit("close").result(10.0)
-            except Exception as error:  # it is gone, or is killed next
-                logger.debug("closing %s: %s", host.name, error)
-            host.kill()
+        with self._lock:
+            hosts = list(self._hosts.values())
+        with ThreadPoolExecutor(max(1, len(hosts))) as threads:  # all nodes at once
+            list(threads.map(_close, hosts))
         self._threads.shutdown(wait=True)
 
     def _start(self, node: str) -> WorkerHandle:
-        specs = [spec.model_copy(update={"plugin": _absolute(spec.plugin)}) for spec in self.specs]
+        specs = [spec.model_copy(update={"plugin": absolute(spec.plugin)}) for spec in self.specs]
         workers = self._settings.workers
         # One more than work: `check` and `close` need not wait.
         return self._nodes.start_on(
@@ -171,6 +171,8 @@ class RewardPool:
                 raise RuntimeError(f"the reward processes died too often; the last time: {death}") from None
             there = self._nodes.nodes()
             logger.warning("%s: starting reward processes anew", death)
+            if not there:
+                raise RuntimeError(f"no node is left to start reward processes on; the last one: {death}") from None
             if node in there or len(self._hosts) == 1:
                 if node not in there:
                     node = there[0]
@@ -183,6 +185,8 @@ class RewardPool:
     def _see(self, spec: RewardSpec, completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> None:
         """Raises `RuntimeError` for a reward that answers no more."""
         with self._lock:
+            if self._closed:  # what was stopped says nothing of the reward
+                return
             self._examples.see(spec.name, completions, outcomes)
             failed = all(outcome.failed for outcome in outcomes)
             count = self._without_answer[spec.name] + 1 if failed else 0
@@ -193,20 +197,19 @@ class RewardPool:
             raise RuntimeError(f"{spec.name} failed on {count} prompts in a row; the last time: {outcomes[-1].detail}")
 
     def _group(self, spec: RewardSpec, prompt: Prompt, completions: Sequence[Completion]) -> dict[str, list[Any]]:
-        """Lists by the names that plugins know them by. TRL's own rewards read chat messages alone."""
-        size, chat = len(completions), self._chat or spec.plugin.startswith("trl.")
-        columns = {name: [value] * size for name, value in prompt.columns.items() if name != "prompt"}
-        asked = [{"role": "user", "content": prompt.columns.get("prompt", prompt.text)}] if chat else prompt.text
-        return {
-            **columns,
-            "prompts": [asked] * size,
-            "completions": [[{"role": "assistant", "content": c.text}] if chat else c.text for c in completions],
-            "completion_ids": [list(c.token_ids) for c in completions],
-            "finish_reason": [c.finish_reason for c in completions],
-        }
+        return given(
+            [prompt.columns] * len(completions),
+            [prompt.text] * len(completions),
+            [completion.text for completion in completions],
+            [completion.finish_reason for completion in completions],
+            [completion.token_ids for completion in completions],
+            chat=wants_chat(spec.plugin, self._chat),
+        )
 
 
-def _absolute(plugin: str) -> str:
-    """With the path of its file made absolute: workers may be started elsewhere."""
-    source, _, name = plugin.rpartition(":")
-    return f"{Path(source).resolve()}:{name}" if source.endswith(".py") else plugin
+def _close(host: WorkerHandle) -> None:
+    try:
+        host.submit("close").result(_CLOSE_SECONDS)
+    except Exception as error:  # it is gone, or is killed next
+        logger.debug("closing %s: %s", host.name, error)
+    host.kill()

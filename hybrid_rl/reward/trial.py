@@ -7,15 +7,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_rl.config import RewardConfig, RewardSpec
 from hybrid_rl.plugins.processes import GIVE_UP_AFTER
-from hybrid_rl.plugins.resolve import named_parameters
-from hybrid_rl.reward import plugin
+from hybrid_rl.reward.given import given, wants_chat
 from hybrid_rl.reward.host import RewardHost
 from hybrid_rl.types import Outcome
 
@@ -110,21 +109,21 @@ class Trial(RewardHost):
         super().__init__([spec], settings, [os.getcwd()])
         self.spec = spec
         self._workers = settings.workers
-        self._chat = chat or spec.plugin.startswith("trl.")
+        self._chat = wants_chat(spec.plugin, chat)
         self._whole_groups = True
         self._late = 0
-        """Completions in a row that took too long, since the start; -1 once there was another outcome."""
+        """Calls in a row that took too long, since the start; -1 once there was another outcome."""
         self._why_late = ""
         self._guard = threading.Lock()
 
     def examine(self, columns: Collection[str]) -> Found:
         """Import the plugin, here and for all workers to come. Raises `ValueError` with the reason if it cannot be, or
         does not take its arguments."""
-        arguments = self._arguments[0]
-        found = self._processes.check(_examine, self.spec.plugin, arguments, sorted(columns))
-        self._whole_groups = not found["piecewise"]
-        if not found["missing"]:
-            self.check(sorted(columns))
+        with self._lock:
+            found = self._check(0, sorted(columns))
+            self._whole_groups = not found["piecewise"]
+            if not found["missing"]:
+                self._make_ready(0, found)
         return Found(found["missing"], found["parameters"])
 
     def score_rows(self, rows: Sequence[Row], done: Callable[[int], object] = lambda count: None) -> Verdict:
@@ -132,7 +131,7 @@ class Trial(RewardHost):
         same columns.
 
         A plugin that takes completions one by one is asked about each by itself, and its calls are timed so. Calls are
-        made in a shuffled order: where the first `GIVE_UP_AFTER` completions all time out, so will the rest.
+        made in a shuffled order: where the first `GIVE_UP_AFTER` calls all time out, so will the rest.
         """
         work = _Work([None] * len(rows))
         calls = self._calls(rows, work)
@@ -172,29 +171,20 @@ class Trial(RewardHost):
                 if any(outcome.kind != "timeout" for outcome in outcomes):
                     self._late = -1
                 elif self._late >= 0:
-                    self._late += len(outcomes)
+                    self._late += 1
                     self._why_late = outcomes[-1].detail
         for i, outcome in zip(indices, outcomes, strict=True):
             work.outcomes[i] = outcome
         return len(indices)
 
     def _given(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
-        """Lists by the names that plugins know them by, as `RewardPool` makes them."""
-        names = dict.fromkeys(name for row in rows for name in row.columns if name != "prompt")
-        given: dict[str, list[Any]] = {name: [row.columns.get(name) for row in rows] for name in names}
-        given["completions"] = [self._message("assistant", row.completion, row.completion) for row in rows]
-        given["finish_reason"] = [row.finish_reason for row in rows]
-        if rows[0].prompt is not None:
-            given["prompts"] = [self._message("user", r.columns.get("prompt", r.prompt), r.prompt) for r in rows]
-        if rows[0].completion_ids is not None:
-            given["completion_ids"] = [list(row.completion_ids or ()) for row in rows]
-        return given
-
-    def _message(self, role: str, content: Any, text: str | None) -> Any:
-        return [{"role": role, "content": content}] if self._chat else text
-
-
-def _examine(name: str, arguments: str, given: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """In a worker: what `plugin.check` says, and the parameters of the reward itself."""
-    (found,) = plugin.check(name, arguments, given)
-    yield {**found, "parameters": named_parameters(plugin._reward(name, arguments).function)}
+        prompts = [row.prompt for row in rows if row.prompt is not None]
+        ids = [row.completion_ids for row in rows if row.completion_ids is not None]
+        return given(
+            [row.columns for row in rows],
+            prompts if len(prompts) == len(rows) else None,
+            [row.completion for row in rows],
+            [row.finish_reason for row in rows],
+            ids if len(ids) == len(rows) else None,
+            chat=self._chat,
+        )

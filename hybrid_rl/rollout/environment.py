@@ -52,12 +52,8 @@ class Environment:
         """The text that a call returned, `None` where the episode is over, or why there is neither."""
         answer = asked.result()
         if answer.failure is not None:
-            return Failure(answer.failure.kind, f"{self.spec} {_said(answer.failure)}")
+            return Failure(answer.failure.kind, f"{self.spec} {answer.failure.said}")
         return answer.values[0]
 
     def close(self) -> None:
         self._processes.close()
-
-
-def _said(failure: Failure) -> str:
-    return f"raised {failure.detail}" if failure.kind == "error" else failure.detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybrid_rl.plugins.worker import at_end
+
+_kept: list[bytes] = []
 
 
 def echo(*values: Any) -> Iterator[Any]:
@@ -69,6 +72,38 @@ def write_at_end(path: str) -> Iterator[None]:
 def start_helper() -> Iterator[int]:
     """A process that is to stay."""
     yield subprocess.Popen(["sleep", "1000"]).pid
+
+
+def keep(mib: int, seconds: float) -> Iterator[None]:
+    """Memory that stays with the process."""
+    _kept.append(b"x" * (mib << 20))
+    time.sleep(seconds)
+    yield None
+
+
+def leave_spinning() -> Iterator[None]:
+    def spin() -> None:
+        while True:
+            pass
+
+    threading.Thread(target=spin, daemon=True).start()
+    yield None
+
+
+def kill_the_nursery_at_first(path: str) -> Iterator[int]:
+    """As another worker's call might."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+    except FileExistsError:
+        yield 1
+
+
+def append(path: str, text: str) -> Iterator[None]:
+    with open(path, "a") as file:
+        file.write(text)
+    yield None
 
 
 def hang_at_first(path: str) -> Iterator[None]:

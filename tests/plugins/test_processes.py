@@ -195,15 +195,60 @@ def test_processes_that_make_a_plugin_ready_stay(start: Callable[..., PluginProc
 def test_a_worker_that_cannot_be_made_ready_fails_the_call(
     start: Callable[..., PluginProcesses], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "plugin.py").write_text("def f(): ...\n")
     plugins = start()
-    plugins.preload(f"{tmp_path}/plugin.py:f", first=(calls.hang_at_first, str(tmp_path / "begun")))
-    assert plugins.run(calls.echo, 1) == Answer([1], None)
+    first = (calls.hang_at_first, str(tmp_path / "begun"))
+    assert plugins.run(calls.echo, 1, first=first) == Answer([1], None)
     [pids] = plugins.run(calls.where).values
     os.kill(pids[0], signal.SIGKILL)
     monkeypatch.setattr(nursery, "START_SECONDS", 1.0)
-    answer = plugins.run(calls.echo, 1)
+    answer = plugins.run(calls.echo, 1, first=first)
     assert answer.failure == Failure("timeout", "took more than 1 s to start")
+    assert plugins.run(calls.echo, 1) == Answer([1], None), "another's call needs nothing of that"
+
+
+def test_a_worker_is_made_ready_once_for_what_it_is_asked(start: Callable[..., PluginProcesses], tmp_path: Path):
+    plugins = start()
+    for name in "aabab":
+        plugins.run(calls.echo, first=(calls.append, str(tmp_path / "ready"), name))
+    plugins.run(calls.echo)
+    assert (tmp_path / "ready").read_text() == "ab"
+
+
+def test_memory_that_earlier_calls_kept_is_not_blamed_on_this_one(start: Callable[..., PluginProcesses]):
+    plugins = start()
+    assert plugins.run(calls.keep, 700, 0.0) == Answer([None], None)
+    assert plugins.run(calls.keep, 700, 0.5) == Answer([None], None)
+
+
+def test_a_call_that_lost_its_nursery_is_made_again(start: Callable[..., PluginProcesses], tmp_path: Path):
+    assert start().run(calls.kill_the_nursery_at_first, str(tmp_path / "begun")) == Answer([1], None)
+
+
+def test_where_no_process_can_be_had_the_call_fails_alone(start: Callable[..., PluginProcesses], tmp_path: Path):
+    (tmp_path / "plugin.py").write_text(
+        "import errno, os\nfork, asked = os.fork, []\n"
+        "def once():\n"
+        "    asked.append(1)\n"
+        "    if len(asked) == 1: raise BlockingIOError(errno.EAGAIN, 'no place')\n"
+        "    return fork()\n"
+        "os.fork = once\ndef f(): ...\n"
+    )
+    plugins = start()
+    [(_, parent)] = plugins.run(calls.where).values
+    plugins.preload(f"{tmp_path}/plugin.py:f")
+    failure = plugins.run(calls.echo, 1).failure
+    assert failure is not None
+    assert (failure.kind, "no place" in failure.detail) == ("crash", True)
+    assert plugins.run(calls.where).values[0][1] == parent, "the same nursery"
+
+
+def test_a_thread_that_goes_on_working_does_not_slow_later_calls(start: Callable[..., PluginProcesses]):
+    plugins = start()
+    [(before, _)] = plugins.run(calls.where).values
+    plugins.run(calls.leave_spinning)
+    time.sleep(0.3)
+    [(after, _)] = plugins.run(calls.where).values
+    assert after != before
 
 
 @pytest.mark.parametrize(
@@ -218,6 +263,11 @@ def test_a_worker_that_cannot_be_made_ready_fails_the_call(
         ("import os\nos._exit(3)", "it ends the process, or takes too long"),
         ("import time\ntime.sleep(60)", "it ends the process, or takes too long"),
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "it starts threads"),
+        (
+            "import ctypes\nc, thread = ctypes.CDLL(None), ctypes.c_ulong()\n"
+            "c.pthread_create(ctypes.byref(thread), None, c.pause, None)",
+            "it starts threads",
+        ),
     ],
 )
 def test_what_cannot_be_imported_ahead_is_left_to_the_workers(

@@ -46,6 +46,15 @@ PLUGINS = """
     def always_hangs(completion):
         time.sleep(3600)
 
+    def hangs_at_first(completions):
+        # The first four groups.
+        with open("calls", "a") as file:
+            file.write("x")
+        if os.path.getsize("calls") <= 4: time.sleep(3600)
+        return [1.0] * len(completions)
+
+    hangs_at_first.independent = False
+
     def gold(completion, gold):
         return float(completion == gold)
 
@@ -115,6 +124,8 @@ def test_names_that_cannot_be_are_refused(here: Path, capsys, name: str):
     assert main(["reward", "new", name]) == 2
     assert repr(name) in capsys.readouterr().err
     assert main(["reward", "new", "fine", "--dir", "nowhere"]) == 2
+    assert main(["reward", "new", "fine", "--dir", "/proc"]) == 2
+    assert "/proc/fine.py cannot be written" in capsys.readouterr().err
     assert sorted(here.iterdir()) == before
 
 
@@ -145,6 +156,13 @@ def test_a_plugin_that_always_fails_still_gets_its_table(here: Path, capsys):
     assert result["timeout"] == 40
     assert result["not_asked"] > 20
     assert "never ended in time" in shown
+
+
+def test_a_reward_of_groups_is_given_up_after_as_many_prompts_as_in_a_run(here: Path, capsys):
+    groups = [rows("hang", "hang"), *([{**row, "prompt": str(i)} for row in rows("a", "b")] for i in range(20))]
+    write(here / "data.jsonl", *(row for group in groups for row in group))
+    words = ["--data", "data.jsonl", "--timeout", "0.3", "--workers", "1"]
+    assert tried(capsys, "mine.py:hangs_at_first", *words)[0]["not_asked"] == 0
 
 
 def test_lines_of_the_same_prompt_are_a_group(here: Path, capsys):
@@ -237,6 +255,7 @@ def test_wrong_input_is_one_line_and_status_2(here: Path, capsys, plugin: str, l
         (["--column", "answer"], "ours=theirs"),
         (["--column", "answer=nope"], "no column 'nope'"),
         (["--against-arguments", "{}"], "--against"),
+        (["--against", "./mine.py:Scaled"], "the plugin itself"),
     ],
 )
 def test_wrong_options_are_refused(here: Path, capsys, words: list[str], part: str):
@@ -353,11 +372,15 @@ def test_steps_and_what_is_compared(run: Path, capsys):
     assert (result["compared_with"], result["n"]) == ("reward", 4)
     result, _ = replayed(capsys, "run", "--reward", "mine.py:whole", "--steps", "1-1", "--instead-of", "form")
     assert (result["compared_with"], result["n"]) == ("form", 6)
+    absolute = str(Path("mine.py").resolve()) + ":mixed"
+    assert replayed(capsys, "run", "--reward", absolute, "--steps", "2")[0]["compared_with"] == "right"
     for words, part in {
         ("run", "--steps", "2-1"): "no span",
         ("run", "--steps", "7-9"): "the steps 1 to 2",
         ("run", "--instead-of", "x"): "none of the run's rewards",
         ("run", "--out", "no/where.jsonl"): "does not exist",
+        ("run", "--out", "run"): "is a directory",
+        ("run", "--out", "/proc/out.jsonl"): "cannot be written",
         ("nowhere",): "does not exist",
     }.items():
         assert main(["reward", "replay", *words, "--reward", "mine.py:whole"]) == 2

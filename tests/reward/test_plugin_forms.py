@@ -15,6 +15,7 @@ import pytest
 from hybrid_rl.cluster.inline import ThisProcess
 from hybrid_rl.config import ConfigError, RewardConfig, RewardSpec
 from hybrid_rl.reward import RewardHost, RewardPool, plugin
+from hybrid_rl.reward.given import taken
 from hybrid_rl.types import Completion, Outcome, Prompt
 
 PLUGINS = """
@@ -87,6 +88,21 @@ PLUGINS = """
     class NotCalled:
         pass
 
+    class SetUpOnce:
+        def __init__(self, at):
+            self.at = at
+
+        def setup(self):
+            if os.path.exists(self.at):
+                os._exit(3)
+            open(self.at, "w").close()
+
+        def __call__(self, completion):
+            return 1.0
+
+    def ended(finish_reason):
+        return [float(r == "stop") for r in finish_reason]
+
     def maker(scale, offset=0.0):
         def reward(completions, **columns):
             return [scale * len(c) + offset for c in completions]
@@ -135,6 +151,7 @@ PLUGINS = """
         log_extra("length", np.array([len(c) for c in completions]))
         log_extra("said", [c * 3000 for c in completions])
         log_extra("\\ud800", [None] * len(completions))
+        log_extra("number", [float("nan"), 10**5000][: len(completions)])
         log_metric("mean length", np.mean([len(c) for c in completions]))
         return [1.0] * len(completions)
 
@@ -232,6 +249,7 @@ def group(*completions: str, **columns: Any) -> dict[str, list[Any]]:
         ("with_argument", {"factor": 0.5}, [0.5, 0.0, 0.0]),
         ("fills_a_column", {"answer": "bb"}, [0.0, 1.0, 0.0]),
         ("of_three", {}, [1.0, 2.0, 3.0]),
+        ("ended", {}, [1.0, 1.0, 1.0]),
     ],
 )
 def test_forms(path: Path, name: str, arguments: dict[str, Any], expected: list[float]):
@@ -335,7 +353,8 @@ def test_a_score_that_is_none_costs_its_completion(returned: Returned, kind: str
 
 def test_what_is_logged_comes_with_the_scores(path: Path):
     first, second = call(path, "logs", group("a", "bb"))
-    assert first["extra"] == {"length": 1, "said": "a" * 2000, "?": None}
+    assert first["extra"] == {"length": 1, "said": "a" * 2000, "?": None, "number": "nan"}
+    assert second["extra"].pop("number") == hex(10**5000)[:2000]
     assert second["extra"] == {"length": 2, "said": "b" * 2000, "?": None}
     assert first["metrics"] == second["metrics"] == {"mean length": 1.5}
     with pytest.raises(ValueError, match="was given 1 values for 2 completions"):
@@ -390,6 +409,44 @@ def test_what_a_hanging_completion_costs_the_others(
     assert time.monotonic() - started < limits * (0.3 + 0.5) + 1.0
     assert [o.kind for o in outcomes] == kinds
     assert (tmp_path / "seen").read_text() == calls
+
+
+def test_a_list_reward_that_hangs_is_not_waited_for_again_and_again(
+    host: Callable[..., RewardHost], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    one = host("of_either", timeout=0.2, seen_at=str(tmp_path / "seen"))
+    one.check([])
+    assert [o.kind for o in one.score(0, group("a", "hangs"))] == ["score", "timeout"]
+    assert [o.kind for o in one.score(0, group("a", *["hangs"] * 7))] == ["score"] + ["timeout"] * 7
+    assert (tmp_path / "seen").read_text().split()[3:] == ["a" + "hangs" * 7, "a", *["hangs"] * 4]
+    assert caplog.text.count("independent = False") == 1
+
+
+def test_no_reward_pays_for_the_setup_of_another(path: Path, tmp_path: Path):
+    bad = RewardSpec(plugin=f"{path}:SetUpOnce", arguments={"at": str(tmp_path / "begun")})
+    both = RewardHost([bad, RewardSpec(plugin=f"{path}:items")], RewardConfig(workers=1))
+    try:
+        both.check(["answer"])
+        assert [o.kind for o in both.score(1, group("a", answer="a"))] == ["score"]
+        assert [o.kind for o in both.score(0, group("a"))] == ["crash"]
+        assert [o.kind for o in both.score(1, group("a", answer="a"))] == ["score"]
+    finally:
+        both.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("items", {"answer", "completions", "prompts", "completion_ids", "finish_reason"}),
+        ("of_either", {"completions"}),
+        ("fills_a_column", {"answer", "completions"}),
+        ("asynchronous_lists", {"answer", "other", "completions", "prompts", "completion_ids", "finish_reason"}),
+    ],
+)
+def test_a_reward_is_sent_what_it_takes(path: Path, name: str, sent: set[str]):
+    arguments = json.dumps({"seen_at": "x"} if name == "of_either" else {})
+    (found,) = plugin.check(f"{path}:{name}", arguments, ["answer"])
+    assert taken(group("a", answer="a", other=1), found["takes"]).keys() == sent
 
 
 def test_a_crash_is_blamed_on_a_completion_whose_process_had_served_no_other(

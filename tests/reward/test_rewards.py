@@ -18,7 +18,7 @@ from hybrid_rl.cluster import open_cluster
 from hybrid_rl.cluster.inline import ThisProcess
 from hybrid_rl.config import Config, ConfigError, RewardConfig, RewardSpec
 from hybrid_rl.plugins.processes import GIVE_UP_AFTER
-from hybrid_rl.reward import RewardPool
+from hybrid_rl.reward import RewardHost, RewardPool
 from hybrid_rl.types import Completion, Pending, Prompt, ScoredGroup, WorkerDied, WorkerHandle
 
 PLUGINS = """
@@ -28,6 +28,8 @@ PLUGINS = """
         return [float(c == a) for c, a in zip(completions, answer)]
 
     def ones(completions):
+        if "sleeps" in completions:
+            time.sleep(60)
         return [1.0] * len(completions)
 
     def asked(completion, log_extra):
@@ -265,6 +267,36 @@ def test_processes_that_die_are_started_again_and_a_lost_node_is_done_without(mo
     nodes.names = ["two"]
     assert totals(pool.score(PROMPTS * 2, GROUPS * 2)) == expected
     assert nodes.started == ["one", "two", "one"]
+
+
+def test_rewards_without_a_node_end_the_run(mortal: tuple[RewardPool, Mortal]):
+    pool, nodes = mortal
+    nodes.dead |= {"rewards on one", "rewards on two"}
+    nodes.names = []
+    with pytest.raises(RuntimeError, match="no node is left to start reward processes on"):
+        pool.score(PROMPTS, GROUPS)
+
+
+def test_all_nodes_are_closed_at_once_and_what_was_stopped_blames_no_reward(
+    mortal: tuple[RewardPool, Mortal], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    pool, _ = mortal
+    monkeypatch.setattr(RewardHost, "close", _slowly(RewardHost.close))
+    under_way = [pool.submit(PROMPTS[0], [completion("sleeps")]) for _ in range(2)]
+    time.sleep(1.0)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 3.5
+    assert [each.result()["ones"][0].kind for each in under_way] == ["crash"] * 2
+    assert "was stopped" not in caplog.text
+
+
+def _slowly(close: Any) -> Any:
+    def closing(host: RewardHost) -> None:
+        time.sleep(1.0)
+        close(host)
+
+    return closing
 
 
 def test_processes_that_die_again_and_again_end_the_run(mortal: tuple[RewardPool, Mortal], monkeypatch):

@@ -175,7 +175,7 @@ def test_an_export_scores_as_its_run_did(run: RunDirectory, tmp_path: Path, to: 
         (["--checkpoint", "{run}", "--ranks", "0,1"], ["--ranks '0,1' is no list of ranks"]),
         (["--checkpoint", "{lora}", "--ranks", "1"], ["has no matryoshka modules", "adaptation=matryoshka"]),
         (["--ranks", "1"], ["--ranks 1", "has no matryoshka modules"]),
-        (["--checkpoint", "{run}", "--out", "{empty}/none"], ["--out", "is no directory"]),
+        (["--checkpoint", "{run}", "--out", "{run}/config.yaml/none"], ["--out", "cannot be made"]),
         (["--checkpoint", "{run}", "model.path={other}"], ["--checkpoint", "made for another model"]),
         (["--export", "{empty}"], ["--export", "is no export"]),
         (["--checkpoint", "{edited}"], ["plan.json was changed since step_000002 was saved"]),
@@ -292,10 +292,10 @@ def test_several_data_sets_and_every_answer_are_written(
 def test_a_set_may_have_a_reward_of_its_own(run: RunDirectory, tmp_path: Path):
     """What the others need is not asked for, nor is the training set's."""
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "answer": "2", "kind": "sum"}\n')
-    (tmp_path / "two.jsonl").write_text('{"prompt": "1-1=", "answer": "0", "kind": "difference"}\n')
+    (tmp_path / "two.jsonl").write_text('{"prompt": "1-1=", "kind": "difference", "extra": "x"}\n')
     (tmp_path / "mine.py").write_text(
         "def half(completions, marks='?'):\n    return [0.5] * len(completions)\n"
-        "def one(completions, kind):\n    return [1.0] * len(completions)\n"
+        "def one(completions, kind, extra):\n    return [1.0] * len(completions)\n"
         "def unused(completions, nowhere):\n    return [9.0] * len(completions)\n"
     )
     rewards = [
@@ -312,7 +312,7 @@ def test_a_set_may_have_a_reward_of_its_own(run: RunDirectory, tmp_path: Path):
     assert found.answers["rewards"]["half"]["arguments"] == {"marks": "?"}
     tree["eval"] = {"k": 0, "reward": "half"}
     with pytest.raises(
-        ConfigError, match=r"data\.eval\.b: accuracy is measured by half, which is for none of its problems"
+        ConfigError, match=r"half is for no problem of data\.eval=.*two\.jsonl.*and kind is 'difference'"
     ):
         evaluate_policy(parse_config(tree))
     tree["eval"] = {"k": 0, "reward": {"a": "half"}}

@@ -14,8 +14,8 @@ _PLACEHOLDER = "my_reward"
 
 
 def new_reward(name: str, directory: Path, console: Console) -> None:
-    """Write `NAME.py` and `test_NAME.py`, and say what to run next. Raises `ConfigError` for a name that cannot be one
-    and for files that are there already."""
+    """Write `NAME.py` and `test_NAME.py`, and say what to run next. Raises `ConfigError` for a name that cannot be one,
+    for files that are there already, and where none can be written."""
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigError(
             f"{name!r} cannot name a function of Python; use letters, digits and underscores, as in exact_sum"
@@ -32,7 +32,11 @@ def new_reward(name: str, directory: Path, console: Console) -> None:
         raise ConfigError(f"{name!r} is an installed module, which {name}.py would hide; choose another name")
     for path, template in files.items():
         text = (Path(__file__).with_name(template)).read_text(encoding="utf-8")
-        path.write_text(text.replace(_PLACEHOLDER, name).replace("MyReward", _class_name(name)), encoding="utf-8")
+        text = text.replace(_PLACEHOLDER, name).replace("MyReward", _class_name(name))
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --dir") from None
     reward, test = files
     console.print(f"wrote {reward} and {test}; next:", markup=False, highlight=False)
     console.print(f"  pytest {test}", markup=False, highlight=False)

@@ -27,6 +27,7 @@ def my_reward(completion: Any, answer: str) -> float | None:
 #
 # All completions of a prompt at once, for rewards that compare them:
 #     def my_reward(completions, answer, **columns) -> list[float | None]
+#     my_reward.independent = False  # else, after an exception, each is given to it once more, alone
 # The completions of a prompt beside each other, for what waits on something:
 #     async def my_reward(completion, answer) -> float | None
 # Something made once a process and closed at the end; `arguments` of the settings go to __init__:
