@@ -67,6 +67,6 @@ class Answers:
         return answered
 
     def scored(self, answered: Sequence[Answered], step: int = 1) -> Scored:
-        """Wait for the rewards, and combine them as at `step`. Raises `RuntimeError` as `reward.combine` does."""
+        """Wait for the rewards, and combine them as at `step`. Raises `RewardFailed` as `reward.combine` does."""
         verdicts = [each.verdicts.result() for each in answered]
         return self._rewards.combine([a.prompt for a in answered], [a.completions for a in answered], verdicts, step)

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # Imported here, as all else that takes its time: help is to come at once.
     from hybrid_rl.settings import ConfigError
-    from hybrid_rl.types import WorkerDied
+    from hybrid_rl.types import RewardFailed, WorkerDied
 
     try:
         if "overrides" not in options:
@@ -71,6 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hybrid-rl {options.command}: interrupted", file=sys.stderr)
         return 130
+    except RewardFailed as failure:
+        print(
+            f"hybrid-rl {options.command}: {failure}. Try it by `hybrid-rl reward test` or, on what a run sampled, "
+            "`reward replay`; `train --resume` goes on from a checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     except WorkerDied as death:
         print(f"hybrid-rl {options.command}: {death}. `--resume` goes on from a checkpoint", file=sys.stderr)
         return 1

@@ -227,6 +227,10 @@ class WorkerDied(Exception):
     """A worker process is gone or does not answer; the call it was serving did not complete."""
 
 
+class RewardFailed(RuntimeError):
+    """A reward that does not answer, or one that must not fail and did."""
+
+
 class Pending(Protocol):
     """A call under way."""
 

@@ -6,6 +6,7 @@ it. docs/rewards-code.md has the columns, the settings and what the sandbox keep
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -240,6 +241,10 @@ def _pair(given: Any, expected: Any, fn_name: str | None, wrapped: bool = False)
 def _check(tests: str, entry_point: str | None) -> _Case:
     if entry_point is None and re.search(r"^def check\(", tests, re.M) and not re.search(r"^check\(", tests, re.M):
         raise ValueError("tests: they define check(candidate); name the candidate in the column entry_point")
+    try:
+        ast.parse(tests)
+    except SyntaxError as error:  # or every program would fail them
+        raise ValueError(f"the tests are no Python: {error}") from None
     return _Case(then=Check(tests, entry_point))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_rl.config import RewardSpec
-from hybrid_rl.types import FAILURES, Completion, Outcome, Prompt, ScoredGroup
+from hybrid_rl.types import FAILURES, Completion, Outcome, Prompt, RewardFailed, ScoredGroup
 
 logger = logging.getLogger(__name__)
 _EXCERPT = 80
@@ -34,7 +34,7 @@ def combine(
     """Sum the rewards by their weights at `step`. A completion on which a reward failed earns nothing, is not trained
     on, or stops the run, as `on_failure` of that reward says.
 
-    Raises `RuntimeError` where it says `stop`, and if a reward failed on every completion; but not if it is `proven`,
+    Raises `RewardFailed` where it says `stop`, and if a reward failed on every completion; but not if it is `proven`,
     having answered on others.
     """
     asked = [spec for spec in specs if all(spec.name in row for row in outcomes)]
@@ -44,9 +44,9 @@ def combine(
         failed = [outcome for outcome in found if outcome.failed]
         faults.update(outcome.kind for outcome in failed)
         if failed and spec.on_failure == "stop":
-            raise RuntimeError(f"rewards: {failed[0].detail} (on_failure of {spec.name} is stop)")
+            raise RewardFailed(f"rewards: {failed[0].detail} (on_failure of {spec.name} is stop)")
         if failed and len(failed) == len(found) and spec.name not in proven:
-            raise RuntimeError(f"{spec.name} failed on every completion; the last time: {failed[-1].detail}")
+            raise RewardFailed(f"{spec.name} failed on every completion; the last time: {failed[-1].detail}")
     groups = [
         ScoredGroup(
             prompt,

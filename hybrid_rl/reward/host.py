@@ -81,7 +81,7 @@ class RewardHost:
         group = taken(group, way["takes"])
         first = (plugin.check, self._specs[k].plugin, self._arguments[k], ())
         outcomes: list[Outcome] = []
-        alone, failed, late = False, 0, 0
+        alone, failed, hung = False, 0, 0
         early = self._timeout - min(_EARLY_SECONDS, self._timeout / 10)
         while (done := len(outcomes)) < size:
             end = done + 1 if alone else size
@@ -91,7 +91,7 @@ class RewardHost:
             outcomes += [self._outcome(k, value) for value in answer.values[: end - done]]
             if not all(outcome.failed for outcome in outcomes):
                 self._answered.add(k)
-            late = late + 1 if alone and answer.failure is not None and answer.failure.kind == "timeout" else 0
+            hung = hung + 1 if alone and answer.failure is not None and answer.failure.kind == "timeout" else 0
             if len(outcomes) == end or (answer.doubtful and answer.values):
                 continue  # a process that answered for others before it ended may have ended because of them
             failure = self._failed(k, answer.failure or _TOO_FEW)
@@ -100,7 +100,7 @@ class RewardHost:
             elif way["piecewise"] or end - done == 1:
                 outcomes.append(failure)
                 failed += 1
-                if late >= _TRIES or (failed >= _TRIES and k not in self._answered):
+                if hung >= _TRIES or (failed >= _TRIES and k not in self._answered):
                     outcomes += [failure] * (size - len(outcomes))
             else:
                 alone = True

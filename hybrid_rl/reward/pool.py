@@ -19,7 +19,7 @@ from hybrid_rl.plugins.processes import GIVE_UP_AFTER
 from hybrid_rl.reward.combine import Examples, Scored, combine
 from hybrid_rl.reward.given import given, wants_chat
 from hybrid_rl.reward.host import RewardHost
-from hybrid_rl.types import Completion, Outcome, Prompt, WorkerDied, WorkerHandle
+from hybrid_rl.types import Completion, Outcome, Prompt, RewardFailed, WorkerDied, WorkerHandle
 
 logger = logging.getLogger(__name__)
 Verdicts = Mapping[str, tuple[Outcome, ...]]
@@ -83,7 +83,7 @@ class RewardPool:
         step: int = 1,
         only: str | None = None,
     ) -> Scored:
-        """Score all completions of some prompts. Raises `RuntimeError` as `combine` does."""
+        """Score all completions of some prompts. Raises `RewardFailed` as `combine` does."""
         judged = [self.submit(prompt, group, only) for prompt, group in zip(prompts, groups, strict=True)]
         return self.combine(prompts, groups, [each.result() for each in judged], step)
 
@@ -94,7 +94,7 @@ class RewardPool:
         verdicts: Sequence[Verdicts],
         step: int,
     ) -> Scored:
-        """What the completions earn at `step`. Raises `RuntimeError` as `reward.combine` does."""
+        """What the completions earn at `step`. Raises `RewardFailed` as `reward.combine` does."""
         return combine(prompts, groups, verdicts, self.specs, step, self._proven)
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class RewardPool:
                 return
             self._restarts += 1
             if self._restarts > _MAX_RESTARTS * len(self._names):
-                raise RuntimeError(f"the reward processes died too often; the last time: {death}") from None
+                raise RewardFailed(f"the reward processes died too often; the last time: {death}") from None
             there = self._nodes.nodes()
             logger.warning("%s: starting reward processes anew", death)
             if not there:
@@ -183,7 +183,7 @@ class RewardPool:
                 del self._hosts[node]
 
     def _see(self, spec: RewardSpec, completions: Sequence[Completion], outcomes: Sequence[Outcome]) -> None:
-        """Raises `RuntimeError` for a reward that answers no more."""
+        """Raises `RewardFailed` for a reward that answers no more."""
         with self._lock:
             if self._closed:  # what was stopped says nothing of the reward
                 return
@@ -194,7 +194,7 @@ class RewardPool:
             if not failed:
                 self._proven.add(spec.name)
         if count >= GIVE_UP_AFTER:
-            raise RuntimeError(f"{spec.name} failed on {count} prompts in a row; the last time: {outcomes[-1].detail}")
+            raise RewardFailed(f"{spec.name} failed on {count} prompts in a row; the last time: {outcomes[-1].detail}")
 
     def _group(self, spec: RewardSpec, prompt: Prompt, completions: Sequence[Completion]) -> dict[str, list[Any]]:
         return given(

@@ -226,3 +226,10 @@ def test_a_function_s_result_cannot_be_forged(body: str):
 
 def test_it_is_marked_as_independent():
     assert passes.__dict__["independent"] is True
+
+
+def test_tests_that_are_no_python_are_an_error_not_a_zero():
+    program = "```python\ndef f(x):\n    return x\n```"
+    for tests in ("assert f(1 == 1", ["assert f(1) == 1", "assert f(1 == 1"]):
+        with pytest.raises(ValueError, match="the tests are no Python"):
+            passes([program], tests=[tests])

@@ -318,3 +318,14 @@ def test_a_set_may_have_a_reward_of_its_own(run: RunDirectory, tmp_path: Path):
     tree["eval"] = {"k": 0, "reward": {"a": "half"}}
     with pytest.raises(ConfigError, match="give a reward for each"):
         parse_config(tree)
+
+
+def test_a_reward_that_stops_a_run_is_said_in_one_screen(
+    run: RunDirectory, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    (tmp_path / "chatty.py").write_text("def chatty(completions):\n    return [c[0]['content'] for c in completions]\n")
+    assert main(["eval", str(run.config), f"rewards=[{{plugin: {tmp_path}/chatty.py:chatty}}]", "eval.k=0"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "chatty failed on" in said
+    assert "TypeError: string indices must be integers" in said
+    assert "`hybrid-rl reward test`" in said
