@@ -164,6 +164,7 @@ def measure(completions: int, hanging: float, timeout: float) -> dict[str, Any]:
         quarter = groups[: len(groups) // 4]
         with closing(_pool(f"{path}:alone", 60.0)) as pool:
             beside, _, _ = run(pool, quarter)
+        in_process(problems(80, seed=1))  # warm, as the workers are
         alone = in_process(quarter)
         with closing(_pool(f"{path}:hanging", timeout)) as pool:
             healthy, _, kinds = run(pool, groups)
