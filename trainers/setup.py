@@ -5,7 +5,6 @@ All checks that need no worker are made before the first one starts, and raise `
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
-from hybrid_rl.reward import RewardHost, RewardPool
+from hybrid_rl.reward import RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
 from hybrid_rl.scoring import find_score
@@ -35,6 +34,7 @@ from hybrid_rl.treatments import ROUTED, TREATMENTS
 from hybrid_rl.types import Prompt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import Transport
 from trainers.courier import MeetingCourier
+from trainers.reward_check import check_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -166,46 +166,6 @@ def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
     itemsize = torch.empty((), dtype=getattr(torch, config.model.dtype)).element_size()
     model_bytes = sum(p.numel() for p in model.parameters()) * itemsize
     return Task(anatomy, model_bytes, train, held_out, too_long, sorted(set.intersection(*columns))), model
-
-
-def check_rewards(config: Config, prompts: Sequence[Prompt], source: str) -> Mapping[str, Any]:
-    """Import every reward's plugin here first: what is wrong with one, for problems of `source`, is said before any
-    worker starts. Returns their arguments, defaults included."""
-    columns = sorted(prompts[0].columns)
-    for spec in config.rewards:
-        unknown = sorted(set(spec.when) - set(columns))
-        if unknown:
-            raise ConfigError(
-                f"rewards: when of {spec.name} names the column {unknown[0]!r}; {source} has {', '.join(columns)}"
-            )
-        if not any(spec.asks_about(prompt.columns) for prompt in prompts):
-            name = min(spec.when)
-            values = sorted({repr(prompt.columns[name]) for prompt in prompts})
-            some = ", ".join([*values[:3], *["..."][: len(values) - 3]])
-            raise ConfigError(
-                f"rewards: {spec.name} is for no problem of {source}: its when is {spec.when}, and {name} is {some}"
-            )
-    seen = json.dumps([[s.name, s.plugin, s.arguments, _changed(s.plugin)] for s in config.rewards] + [columns])
-    if seen in _checked:
-        return _checked[seen]
-    host = RewardHost(config.rewards, config.reward.model_copy(update={"workers": 1}))
-    try:
-        _checked[seen] = host.check(columns, ahead=False)
-    except ConfigError as error:
-        raise ConfigError(f"{error} ({source})") from None
-    finally:
-        host.close()
-    return _checked[seen]
-
-
-def _changed(plugin: str) -> float:
-    """When a plugin's file was changed last."""
-    path = Path(plugin.rpartition(":")[0])
-    return path.stat().st_mtime if path.suffix == ".py" and path.is_file() else 0.0
-
-
-_checked: dict[str, Mapping[str, Any]] = {}
-"""Rewards that a run of this process has found to be in order, with their arguments."""
 
 
 def _check_algorithm(config: Config) -> None:
