@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from hybrid_rl.settings import NotNegative, Positive, Settings
+from hybrid_rl.settings import NotNegative, Positive, PositiveInt, Settings
 
-PositiveInt = Annotated[int, Field(gt=0)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
