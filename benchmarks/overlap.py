@@ -26,7 +26,7 @@ from hybrid_rl.config import WarmStartConfig
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner import worker
 from hybrid_rl.rollout import transformers_engine
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from hybrid_rl.types import Progress, Request
 from trainers.grpo import train
 from trainers.warm_start import build_model, build_tokenizer

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TREATMENTS = "hybrid,lora,full,molf,molf_efficient,matryoshka,dora"

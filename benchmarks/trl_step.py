@@ -36,7 +36,8 @@ from rich.table import Table
 
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.config_file import load_config
-from hybrid_rl.tracking import STEP_PARTS, read_metrics
+from hybrid_rl.run_directory import read_metrics
+from hybrid_rl.step_clock import STEP_PARTS
 
 CONFIG = "configs/quickstart.yaml"
 WARM_UP = 5

@@ -185,7 +185,7 @@ def _settings(options: argparse.Namespace) -> Config:
 
 def _train(config: Config, options: argparse.Namespace) -> int:
     if options.dry_run:
-        from hybrid_rl.tracking import dump_config
+        from hybrid_rl.run_directory import dump_config
         from trainers.grpo import check_run
         from trainers.setup import ranks
 
@@ -194,7 +194,7 @@ def _train(config: Config, options: argparse.Namespace) -> int:
         if task.plan is not None or not ranks(config):
             from rich.console import Console
 
-            from hybrid_rl.report import plan_table
+            from hybrid_rl.tables import plan_table
             from trainers.ranking import make_plan
 
             Console(stderr=True, soft_wrap=True).print(plan_table(make_plan(config, task, None)))
@@ -252,7 +252,7 @@ def _export(config: Config, options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hybrid_rl.export import export_run
-    from hybrid_rl.report import rounding_table
+    from hybrid_rl.tables import rounding_table
 
     checkpoint = Path(options.checkpoint) if options.checkpoint else None
     run, out = Path(options.directory), Path(options.out)
@@ -325,7 +325,7 @@ def _reward_replay(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hybrid_rl.config_file import load_config
-    from hybrid_rl.tracking import RunDirectory
+    from hybrid_rl.run_directory import RunDirectory
     from trainers.authoring import Asked
     from trainers.replay import replay_reward
 

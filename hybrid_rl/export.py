@@ -35,8 +35,8 @@ from hybrid_rl.files import sync_path, sync_tree, write_atomically
 from hybrid_rl.merged_files import NotInFiles, write_merged
 from hybrid_rl.model_card import load_commands, model_card, shown_model
 from hybrid_rl.plan import AdaptationPlan, architecture_of
+from hybrid_rl.run_directory import RunDirectory, read_metrics
 from hybrid_rl.stored_policy import StoredPolicy, check_ranks, find_policy, load_base
-from hybrid_rl.tracking import RunDirectory, read_metrics
 from hybrid_rl.weight_sync import BaseFiles
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from hybrid_rl.checkpoint import STATE, TrainerState, checkpoints, load_state
 from hybrid_rl.config import ConfigError, ModelConfig
 from hybrid_rl.digests import digest_of_all
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.tracking import RunDirectory
+from hybrid_rl.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

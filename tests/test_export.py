@@ -29,7 +29,7 @@ from hybrid_rl.digests import digest_of_all
 from hybrid_rl.export import FORMATS, export_run, load_export, open_export
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
-from hybrid_rl.tracking import dump_config
+from hybrid_rl.run_directory import dump_config
 from hybrid_rl.treatments import ADAPTERS
 from hybrid_rl.treatments import LoraConfig as LoraSettings
 from tests.families import FAMILIES, build

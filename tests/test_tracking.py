@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from hybrid_rl.config_file import parse_config
-from hybrid_rl.tracking import MetricsLog, RunDirectory, read_metrics
+from hybrid_rl.run_directory import RunDirectory, read_metrics
+from hybrid_rl.tracking import MetricsLog
 
 
 def test_metrics_are_json_also_where_a_number_is_not_finite(tiny_tree: dict):

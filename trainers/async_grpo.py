@@ -11,7 +11,7 @@ from collections import Counter
 
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
-from hybrid_rl.tracking import StepClock
+from hybrid_rl.step_clock import StepClock
 from hybrid_rl.types import Pending, ScoredGroup
 from trainers.setup import Workplace
 from trainers.step import Rollouts, complete, draws, groups_wanted, training_sampling

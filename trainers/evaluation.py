@@ -19,14 +19,16 @@ from rich.console import Console
 from hybrid_rl.adaptation import AdaptedModel
 from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.drawings import draw_ranks
 from hybrid_rl.evaluate import Evaluated, aurac, evaluate
 from hybrid_rl.export import open_export
 from hybrid_rl.files import write_atomically
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.report import Bar, draw_ranks, evaluation_table
 from hybrid_rl.rollout import sampling_from
+from hybrid_rl.run_directory import record
+from hybrid_rl.screen import Bar
 from hybrid_rl.stored_policy import check_ranks, find_policy
-from hybrid_rl.tracking import record
+from hybrid_rl.tables import evaluation_table
 from hybrid_rl.weight_sync import open_publisher, served_tensors
 from trainers.setup import Task, check_engine, check_input, open_workplace
 

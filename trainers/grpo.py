@@ -8,13 +8,15 @@ from contextlib import closing
 from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
+from hybrid_rl.drawings import draw_curve, draw_plan, draw_routing
 from hybrid_rl.evaluate import evaluate
 from hybrid_rl.export import provenance
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.report import RunScreen, draw_curve, draw_plan, draw_routing
-from hybrid_rl.tracking import RunDirectory, StepClock
+from hybrid_rl.run_directory import RunDirectory
+from hybrid_rl.screen import RunScreen
+from hybrid_rl.step_clock import StepClock
 from trainers.async_grpo import Overlapped
 from trainers.gate import Gate
 from trainers.ranking import make_plan

@@ -7,11 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.drawings import draw_plan
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.plan_difference import compare_plans
-from hybrid_rl.report import Bar, difference_table, draft_tables, draw_plan, plan_table, totals_table
 from hybrid_rl.scoring import find_score
+from hybrid_rl.screen import Bar
+from hybrid_rl.tables import difference_table, draft_tables, plan_table, totals_table
 from trainers.ranking import make_plan
 from trainers.setup import check_plan, check_task, meta_model, open_workplace
 

@@ -11,8 +11,10 @@ from hybrid_rl.config import Config
 from hybrid_rl.evaluate import evaluate
 from hybrid_rl.learner.assemble import Assembled, reward_metrics
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.report import RunScreen
-from hybrid_rl.tracking import MetricsLog, RunDirectory, StepClock
+from hybrid_rl.run_directory import RunDirectory
+from hybrid_rl.screen import RunScreen
+from hybrid_rl.step_clock import StepClock
+from hybrid_rl.tracking import MetricsLog
 from hybrid_rl.types import StepStats
 from trainers.setup import Synced, Task, Workplace
 from trainers.step import Rollouts, staleness_metrics

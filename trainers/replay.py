@@ -17,7 +17,7 @@ from hybrid_rl.config import Config, ConfigError, RewardSpec
 from hybrid_rl.files import write_atomically
 from hybrid_rl.plugins import absolute
 from hybrid_rl.reward.trial import Row, Verdict
-from hybrid_rl.tracking import RunDirectory
+from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.types import Outcome
 from trainers.authoring import CLOSE, Asked, as_row, open_trial, progress, read_objects, summary
 from trainers.verdict_tables import Change, changes_table, failure_table, replay_table

@@ -13,7 +13,8 @@ from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
 from hybrid_rl.learner.assemble import groups_with_signal
 from hybrid_rl.rollout import sampling_from
-from hybrid_rl.tracking import RunDirectory, StepClock
+from hybrid_rl.run_directory import RunDirectory
+from hybrid_rl.step_clock import StepClock
 from hybrid_rl.types import Pending, Sampling, ScoredGroup, TrainBatch, TrainSequence
 from trainers.setup import Workplace
 

@@ -12,7 +12,7 @@ import pytest
 from hybrid_rl.algo import PRESETS
 from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import parse_config
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from tests.trainers.test_rank import saved
 from trainers.grpo import train
 from trainers.setup import check_task

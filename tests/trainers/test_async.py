@@ -19,7 +19,8 @@ from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.data import PromptSource
 from hybrid_rl.reward import Scored
-from hybrid_rl.tracking import StepClock, read_metrics
+from hybrid_rl.run_directory import read_metrics
+from hybrid_rl.step_clock import StepClock
 from hybrid_rl.types import Completion, Prompt, Sampling, ScoredGroup
 from tests.trainers.test_grpo import check_rows, inline, learnable, timeless  # noqa: F401
 from trainers import grpo

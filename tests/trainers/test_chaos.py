@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from tests.trainers.test_grpo import learnable  # noqa: F401
 
 STEPS_A_MINUTE = 400

@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import load_config
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from trainers.grpo import train
 
 RECIPE = Path(__file__).parent.parent.parent / "configs" / "calculator.yaml"

@@ -19,7 +19,7 @@ from hybrid_rl.config_file import load_config, parse_config
 from hybrid_rl.evaluate import aurac
 from hybrid_rl.export import FORMATS, export_run
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.tracking import RunDirectory, read_metrics
+from hybrid_rl.run_directory import RunDirectory, read_metrics
 from trainers.evaluation import evaluate_policy
 from trainers.grpo import train
 from trainers.setup import meta_model

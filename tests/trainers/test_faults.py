@@ -18,7 +18,7 @@ from ray import cloudpickle
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner import worker as learner_worker
 from hybrid_rl.rollout import transformers_engine
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from hybrid_rl.types import WeightUpdate, WorkerDied
 from hybrid_rl.weight_sync import SyncMismatch
 from tests.trainers.test_grpo import check_rows, inline, learnable  # noqa: F401

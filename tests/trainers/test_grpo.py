@@ -17,7 +17,7 @@ from hybrid_rl.answers import Answered, Answers
 from hybrid_rl.config import ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.tracking import read_metrics
+from hybrid_rl.run_directory import read_metrics
 from trainers import setup
 from trainers.grpo import train
 

@@ -20,7 +20,7 @@ from hybrid_rl.config_file import load_config, parse_config
 from hybrid_rl.export import export_run, load_export
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.tracking import RunDirectory, read_metrics
+from hybrid_rl.run_directory import RunDirectory, read_metrics
 from hybrid_rl.weight_sync import digest, served_tensors
 from trainers.grpo import train
 

@@ -21,8 +21,8 @@ from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.cli import main
 from hybrid_rl.config import ModelConfig
 from hybrid_rl.export import load_export
+from hybrid_rl.run_directory import read_metrics
 from hybrid_rl.stored_policy import find_policy
-from hybrid_rl.tracking import read_metrics
 from hybrid_rl.treatments import ADAPTERS
 from tests.trainers.test_rank import PLUGIN, saved
 

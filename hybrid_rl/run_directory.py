@@ -1,14 +1,12 @@
-"""What a run leaves behind: its directory, its metrics, its rollouts, and wandb."""
+"""The files that a run leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,74 +168,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-class MetricsLog:
-    """Appends one object a step to `metrics.jsonl` and to wandb."""
-
-    def __init__(self, run: RunDirectory, config: Config, *, last: Mapping[str, float] | None = None) -> None:
-        """`last`: the row of the step from which the run is resumed. Later rows are dropped, since those steps are to
-        be done again, and this one is added where the process was killed before it was logged."""
-        kept: list[Mapping[str, float]] = []
-        if last:
-            kept = [row for row in read_metrics(run.metrics) if row["step"] <= last["step"]]
-            kept += [last] if not kept or kept[-1]["step"] < last["step"] else []
-        write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = run.metrics.open("a", encoding="utf-8")
-        self._wandb: Any = None
-        if config.tracking.wandb != "disabled":
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            self._wandb = wandb.init(
-                project=config.tracking.project,
-                name=run.path.name,
-                dir=str(run.path),
-                mode=config.tracking.wandb,
-                config=config.model_dump(mode="json"),
-            )
-
-    def write(self, row: Mapping[str, float], histograms: Mapping[str, Sequence[float]] = {}) -> None:
-        """`histograms` go to wandb alone; the file has their quantiles among the metrics."""
-        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
-        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._wandb is not None:
-            import wandb
-
-            drawn = {name: wandb.Histogram(list(values)) for name, values in histograms.items() if values}
-            self._wandb.log({k: v for k, v in row.items() if k != "step"} | drawn, step=int(row["step"]))
-
-    def close(self) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-@dataclasses.dataclass
-class StepClock:
-    """Seconds of one step by part; what no part claims is `other`, so the parts sum to the whole."""
-
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    parts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0))
-
-    @contextlib.contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        """Count the time inside towards `part`."""
-        started = time.perf_counter()
-        yield
-        self.parts[part] += time.perf_counter() - started
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        for part, value in seconds.items():
-            self.parts[part] += value
-
-    def row(self) -> dict[str, float]:
-        """`time/step` and its parts."""
-        total = time.perf_counter() - self.started
-        parts = {**self.parts, "other": total - sum(self.parts.values())}
-        return {"time/step": total, **{f"time/{part}": seconds for part, seconds in parts.items()}}
-
-
-STEP_PARTS = ("generate", "reward", "logprob", "train", "sync", "gate", "eval", "checkpoint")

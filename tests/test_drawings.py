@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_rl import report
+from hybrid_rl import drawings
+from hybrid_rl.drawings import draw_plan, draw_routing, routing_shares
 from hybrid_rl.learner.engine import Update
 from hybrid_rl.learner.update import _stepped, _update_metrics
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.plan_difference import compare_plans
-from hybrid_rl.report import difference_table, draw_plan, draw_routing, plan_table, routing_shares, totals_table
-from hybrid_rl.tracking import RunDirectory
+from hybrid_rl.run_directory import RunDirectory
+from hybrid_rl.tables import difference_table, plan_table, totals_table
 
 MOLF = {"ranks": [2, 4], "rank_stabilised": True}
 NESTED = {"ranks": [1, 2, 4], "scaling": "sqrt", "init": "paper", "loss": "sum"}
@@ -81,14 +82,14 @@ def test_a_heat_map_says_what_its_outlines_are(tmp_path: Path, monkeypatch: pyte
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are made from here on."""
     figures: list[Figure] = []
-    subplots = report.plt.subplots
+    subplots = drawings.plt.subplots
 
     def keep(*args: Any, **options: Any) -> Any:
         made = subplots(*args, **options)
         figures.append(made[0])
         return made
 
-    monkeypatch.setattr(report.plt, "subplots", keep)
+    monkeypatch.setattr(drawings.plt, "subplots", keep)
     return figures
 
 
