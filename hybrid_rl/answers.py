@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
@@ -32,12 +32,19 @@ class Answers:
         self._verdicts: dict[tuple[str, str], Future[Verdicts]] = {}
 
     def submit(
-        self, prompts: Sequence[Prompt], sampling: Sampling, tag: str, *, only: str | None = None, first: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        tag: str,
+        *,
+        only: str | None = None,
+        first: bool = False,
+        ready: Mapping[str, Sequence[Completion]] = {},
     ) -> None:
         """Begin `sampling.n` completions of each prompt, to be scored by all rewards or by `only` one. `take_next` of
-        the same tag has them. Prompts of a tag have different ids."""
+        the same tag has them. Prompts of a tag have different ids; those of `ready` have been completed before."""
         self._only[tag] = only
-        self._episodes.submit(prompts, sampling, tag, first=first)
+        self._episodes.submit(prompts, sampling, tag, first=first, ready=ready)
 
     def poll(self, seconds: float) -> None:
         """Let the engines work; returns after about `seconds`, or once something was finished."""
@@ -50,6 +57,10 @@ class Answers:
         """The first `count` prompts submitted under `tag` and not taken yet; nothing before all are answered."""
         taken = self._episodes.take_next(count, tag)
         return [Answered(prompt, done, self._verdicts.pop((tag, prompt.id))) for prompt, done in taken]
+
+    def ended(self, tag: str) -> list[tuple[str, tuple[Completion, ...]]]:
+        """By id, prompts submitted under `tag` and not taken whose completions have all ended."""
+        return self._episodes.not_taken(tag)
 
     def unfinished(self, tag: str) -> int:
         """Prompts submitted under `tag` that are not answered."""

@@ -1,24 +1,35 @@
 """Checkpoints that a killed process cannot break: written aside, synced, then renamed.
 
-`checkpoints/step_000010/` holds DeepSpeed's shards (trained weights, both optimizer groups' masters and moments) under
-`learner/`, the trained weights alone, in fp32, as `weights.safetensors`, and `state.json`.
+`checkpoints/step_000010/` holds what each learner rank needs to go on (`learner/`), the trained weights alone, in fp32
+(`weights.safetensors`), the plan, rollouts that were waiting to be trained on (`waiting.json`, asynchronous runs), and
+`state.json`, which has the size and digest of all of these. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import xxhash
 
 from hybrid_rl.adaptation import WEIGHTS
-from hybrid_rl.config import ConfigError
-from hybrid_rl.files import sync_path, sync_tree
+from hybrid_rl.config import CheckpointConfig, ConfigError
+from hybrid_rl.files import FileFacts, describe, sync_and_describe, sync_path, write_atomically
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.types import Completion
+
+logger = logging.getLogger(__name__)
 
 LEARNER = "learner"
 STATE = "state.json"
+PLAN = "plan.json"
+WAITING = "waiting.json"
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,6 @@ class TrainerState:
     step: int
     prompts_drawn: int
     plan_hash: str
-    zero_stage: int
-    world_size: int
     wall_seconds: float = 0.0
     """Spent on the run so far, over all its resumptions."""
     last_eval: Mapping[str, float] = field(default_factory=dict)
@@ -40,37 +49,140 @@ class TrainerState:
     """Digest of the base model's parameters (`digest_of_all`); empty where it was not taken."""
     started_from: Mapping[str, Any] = field(default_factory=dict)
     """Of the export that the run started from: `format`, `step`, hash of its `plan`, and what that one started from."""
+    layout: str = ""
+    """Ranks and ZeRO stage of the learner, for people."""
 
 
-def save_checkpoint(root: Path, state: TrainerState, save_learner: Callable[[str], None], *, keep_last: int) -> Path:
-    """Write the checkpoint of `state.step` under `root` and delete all but the last `keep_last`.
+class Saver(Protocol):
+    """What writes the learner's state (`LearnerGroup`)."""
 
-    `save_learner` makes the directory that it is given, and writes the learner's shards and `WEIGHTS` into it.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    root = root.resolve()  # the ranks may have started in another directory
-    for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
-        shutil.rmtree(leftover)
-    final = root / f"step_{state.step:06d}"
-    aside = root / f".writing_{final.name}"
-    aside.mkdir()
-    save_learner(str(aside / LEARNER))
-    shards = len(list((aside / LEARNER).rglob("*optim_states.pt")))
-    if shards != state.world_size:
-        raise RuntimeError(
-            f"{shards} of {state.world_size} learner ranks wrote their optimizer state under {aside}; all ranks and "
-            "the driver must see the run directory: put run.dir on a shared file system"
+    def begin_save(self, directory: str) -> None: ...
+
+    def saved(self, wait: bool) -> Mapping[str, FileFacts] | None: ...
+
+
+Waiting = Sequence[tuple[str, Sequence[Completion]]]
+"""By prompt's id, completions that no step has trained on yet."""
+
+
+@dataclass
+class _Begun:
+    state: TrainerState
+    aside: Path
+    files: dict[str, FileFacts]
+    """Those that the driver wrote."""
+
+
+class Checkpoints:
+    """Those of one run. One at most is being written."""
+
+    def __init__(self, root: Path, settings: CheckpointConfig, saver: Saver) -> None:
+        self._root, self._settings, self._saver = root, settings, saver
+        self._begun: _Begun | None = None
+        self.failed = 0
+        """Those that could not be written."""
+        self.last: int | None = None
+        """Step of the latest that is finished."""
+
+    def begin(self, state: TrainerState, plan: AdaptationPlan, waiting: Waiting = ()) -> None:
+        """Save `state` and what the learner holds. Returns once that is copied, or with `checkpoint.background=false`
+        written."""
+        self.finish()
+        root = self._root
+        aside = root / f".writing_step_{state.step:06d}"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
+                shutil.rmtree(leftover)
+            (aside / LEARNER).mkdir(parents=True)
+            plan.save(aside / PLAN)
+            files = {PLAN: sync_and_describe(aside / PLAN)}
+            if waiting:
+                done = [[prompt, [asdict(c) for c in completions]] for prompt, completions in waiting]
+                (aside / WAITING).write_text(json.dumps(done), encoding="utf-8")
+                files[WAITING] = sync_and_describe(aside / WAITING)
+        except OSError as error:
+            self._give_up(state.step, aside, error)
+            return
+        # The ranks may have started in another directory.
+        self._saver.begin_save(str((aside / LEARNER).resolve()))
+        self._begun = _Begun(state, aside, files)
+        if not self._settings.background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Finish the one that is being written, if all of it is there."""
+        self._conclude(wait=False)
+
+    def finish(self) -> None:
+        """Wait for the one that is being written. One that fails is given up: it is counted, and the ones before it
+        stay."""
+        self._conclude(wait=True)
+
+    def _conclude(self, wait: bool) -> None:
+        if self._begun is None:
+            return
+        state, aside = self._begun.state, self._begun.aside
+        try:
+            written = self._saver.saved(wait)
+            if written is None:
+                return
+            self._begun.files |= {f"{LEARNER}/{name}": facts for name, facts in written.items()}
+            self._rename(self._begun)
+        except OSError as error:
+            self._begun = None
+            self._give_up(state.step, aside, error)
+            return
+        self._begun, self.last = None, state.step
+        self._rotate()
+
+    def _rename(self, begun: _Begun) -> None:
+        aside, files = begun.aside, begun.files
+        absent = next((name for name in files if not (aside / name).is_file()), None)
+        if absent is not None:
+            raise RuntimeError(
+                f"a learner rank wrote {absent}, and it is not under {aside}; all ranks and the driver must see the "
+                "run directory: put run.dir on a shared file system"
+            )
+        (aside / LEARNER / WEIGHTS).rename(aside / WEIGHTS)
+        files[WEIGHTS] = files.pop(f"{LEARNER}/{WEIGHTS}")
+        write_state(aside, begun.state, files)
+        sync_path(aside / LEARNER)
+        sync_path(aside)
+        final = self._root / f"step_{begun.state.step:06d}"
+        if final.exists():  # a resumed run repeats a step that was saved already
+            _remove(final)
+        aside.rename(final)
+        sync_path(self._root)
+
+    def _rotate(self) -> None:
+        """Delete what is neither among the latest nor among the best."""
+        saved = checkpoints(self._root)
+        kept = set(saved[-self._settings.keep_last :])
+        if self._settings.keep_best:
+            scored = [(load_state(path).row.get("eval/accuracy"), path) for path in saved]
+            best = sorted((score, path) for score, path in scored if score is not None)
+            kept |= {path for _, path in best[-self._settings.keep_best :]}
+        for old in set(saved) - kept:
+            try:
+                _remove(old)
+            except OSError as error:
+                logger.warning("%s is not needed any more and could not be deleted: %s", old, error)
+
+    def _give_up(self, step: int, aside: Path, error: OSError) -> None:
+        self.failed += 1
+        shutil.rmtree(aside, ignore_errors=True)
+        last = latest(self._root)
+        logger.error(
+            "step %d could not be saved under %s: %s; training goes on, a resumed run would begin after %s",
+            *(step, self._root, error, "nothing" if last is None else last.name),
         )
-    (aside / LEARNER / WEIGHTS).rename(aside / WEIGHTS)
-    (aside / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    sync_tree(aside)
-    if final.exists():  # a resumed run repeats a step that was saved already
-        _remove(final)
-    aside.rename(final)
-    sync_path(root)
-    for old in checkpoints(root)[:-keep_last]:
-        _remove(old)
-    return final
+
+
+def write_state(checkpoint: Path, state: TrainerState, files: Mapping[str, FileFacts]) -> None:
+    """Write what a checkpoint is, and the files that it consists of."""
+    tree = {"format": _FORMAT, **asdict(state), "files": {name: asdict(facts) for name, facts in files.items()}}
+    write_atomically(checkpoint / STATE, json.dumps({**tree, "digest": _digest(tree)}, indent=1) + "\n")
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -78,12 +190,83 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step_*") if (path / STATE).is_file())
 
 
-def load_state(checkpoint: Path) -> TrainerState:
-    """Raises `ConfigError` if it is damaged."""
+def latest(root: Path) -> Path | None:
+    """The latest finished checkpoint, damaged or not."""
+    return next(reversed(checkpoints(root)), None)
+
+
+def latest_whole(root: Path, only: Collection[str] | None = None) -> tuple[Path, list[str]] | None:
+    """The latest checkpoint without damage (in `only` these files), and what is wrong with later ones; `None` if there
+    is none at all. Raises `ConfigError` if all are damaged."""
+    problems: list[str] = []
+    for path in reversed(checkpoints(root)):
+        problem = damage(path, only)
+        if problem is None:
+            return path, problems
+        problems.append(problem)
+    if problems:
+        raise ConfigError("no checkpoint is whole: " + "; ".join(problems[:4]))
+    return None
+
+
+def damage(checkpoint: Path, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint's files (`only` these), every byte of which is read; `None` if nothing is."""
     try:
-        return TrainerState(**json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        load_state(checkpoint)
+    except ConfigError as error:
+        return str(error)
+    files = _read(checkpoint)["files"]
+    for name in files if only is None else only:
+        path = checkpoint / name
+        try:
+            whole = name in files and describe(path) == FileFacts(**files[name])
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+        if not whole:
+            return f"{path} is not what was written"
+    return None
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """Raises `ConfigError` if it is damaged, or of another format."""
+    try:
+        tree = _read(checkpoint)
+        digest, version = tree.pop("digest", None), tree.get("format")
+        if version != _FORMAT:
+            raise ConfigError(
+                f"{checkpoint / STATE} has format {version}, and this version reads {_FORMAT}; go on with the version "
+                "of Hybrid-RL that wrote it"
+            )
+        if digest != _digest(tree):
+            raise ValueError("it is not what was written")
+        del tree["files"], tree["format"]
+        return TrainerState(**tree)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{checkpoint / STATE} cannot be read: {error}") from None
+
+
+def load_waiting(checkpoint: Path) -> dict[str, tuple[Completion, ...]]:
+    """Completions by prompt's id, that were waiting to be trained on."""
+    path = checkpoint / WAITING
+    if not path.is_file():
+        return {}
+    return {
+        prompt: tuple(_completion(tree) for tree in completions)
+        for prompt, completions in json.loads(path.read_text(encoding="utf-8"))
+    }
+
+
+def _completion(tree: Mapping[str, Any]) -> Completion:
+    pairs = {name: tuple(tuple(pair) for pair in tree[name]) for name in ("later_versions", "given")}
+    return Completion(**{**tree, "token_ids": tuple(tree["token_ids"]), "logprobs": tuple(tree["logprobs"]), **pairs})
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(checkpoint: Path) -> None:

@@ -16,7 +16,8 @@ from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
 from hybrid_rl.reward_settings import EvalConfig
 from hybrid_rl.reward_settings import RewardConfig as RewardConfig
 from hybrid_rl.reward_settings import RewardSpec as RewardSpec
-from hybrid_rl.run_settings import CheckpointConfig, ClusterConfig, RunConfig, TrackingConfig
+from hybrid_rl.run_settings import CheckpointConfig as CheckpointConfig
+from hybrid_rl.run_settings import ClusterConfig, RunConfig, TrackingConfig
 from hybrid_rl.settings import ConfigError as ConfigError
 from hybrid_rl.settings import NotNegative, Positive, PositiveInt, Probability, Settings
 from hybrid_rl.treatments import (
@@ -194,6 +195,7 @@ class LearnerConfig(Settings):
     optimizer: Literal["torch", "deepspeed"] = "torch"
     """AdamW of torch, or DeepSpeed's, which is compiled at first use: fused, or on the CPU where it is offloaded."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    """What one update leaves of AdamW's first and second moment."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in CPU memory: the optimizer's state and masters, or (ZeRO-3) the weights too."""
     packing: Literal["auto", "always", "never"] = "auto"
@@ -299,17 +301,24 @@ class WarmStartConfig(Settings):
     """Shape and training of the small base policy that `hybrid-rl warm-start` makes where there is none."""
 
     hidden_size: PositiveInt = 128
+    """Width of the model; its MLPs are three times as wide."""
     layers: PositiveInt = 4
+    """Decoder blocks."""
     heads: PositiveInt = 4
+    """Attention heads."""
     kv_heads: PositiveInt = 2
+    """Heads of keys and values."""
     steps: PositiveInt = 400
     """Training steps; the learning rate falls to 0 over the last 40 % of them."""
     batch: PositiveInt = 128
+    """Demonstrations a step."""
     lr: Positive = 1e-3
+    """Learning rate, before it falls."""
     slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Share of the demonstrations that show the data's `slip` (a common mistake) instead of its `answer`, where it has
     that column. Imitation learns the mistake; reinforcement learning has it to unlearn."""
     seed: int = 0
+    """Seed of the weights and of the demonstrations."""
 
 
 class Config(Settings):
@@ -518,6 +527,12 @@ class Config(Settings):
             )
         if self.rewards[-1].gate is not None:
             raise ValueError(f"rewards: the gate of {names[-1]} does nothing, since no reward comes after it; drop it")
+        if self.checkpoint.keep_best and not (self.eval.every and self.checkpoint.every % self.eval.every == 0):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} compares checkpoints by what is measured at their "
+                f"step, but checkpoint.every={self.checkpoint.every} is no multiple of eval.every={self.eval.every}; "
+                "make it one"
+            )
         if not self.eval.k and self.eval.right_from != EvalConfig().right_from:
             raise ValueError(f"eval.right_from={self.eval.right_from:g} does nothing with eval.k=0; drop it")
         if self.algo.reward_aggregation == "normalize_then_sum":

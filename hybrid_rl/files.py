@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -30,3 +33,30 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file was when it was written."""
+
+    size: int
+    digest: str
+    """xxh3, 128 bits: it detects damage, not malice."""
+
+
+def describe(path: Path) -> FileFacts:
+    """Size and digest of a file's content."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+        return FileFacts(file.tell(), hasher.hexdigest())
+
+
+def sync_and_describe(path: Path) -> FileFacts:
+    """Bring a file to the disk, and say what it is."""
+    sync_path(path)
+    return describe(path)
+
+
+_CHUNK = 2**22

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +17,11 @@ import yaml
 
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.files import write_atomically
+from hybrid_rl.machine import machine_facts
+from hybrid_rl.redaction import redacted, scrub
 from hybrid_rl.types import ScoredGroup, TrainBatch
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -32,14 +39,17 @@ class RunDirectory:
         self.curve = path / "curve.png"
         self.routing = path / "routing.jsonl"
         self.routing_image = path / "routing.png"
+        self.report = path / "report.html"
+        self.machine = path / "machine.json"
+        self.logs = path / "logs"
 
     @staticmethod
-    def create(config: Config, config_name: str) -> RunDirectory:
+    def create(config: Config, config_name: str, *, again: bool = False) -> RunDirectory:
         """Make the directory: exactly `run.dir`, else `runs/<run.name or config name>-<time>`. Raises `ConfigError` if
-        it holds a run already or cannot be written."""
+        it holds a run already, other than one that is to begin `again`, or cannot be written."""
         default = Path("runs") / f"{config.run.name or config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunDirectory(Path(config.run.dir) if config.run.dir else default)
-        if run.metrics.exists():
+        if run.metrics.exists() and not again:
             raise ConfigError(
                 f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume"
             )
@@ -58,28 +68,57 @@ class RunDirectory:
         run = RunDirectory(Path(config.run.dir))
         if not (run.config.is_file() and run.plan.is_file() and run.summary.is_file()):
             raise ConfigError(f"run.dir={config.run.dir!r} holds no run that can be resumed")
-        now, then = yaml.safe_load(dump_config(config)), yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        changed = [k for k in now if now[k] != then.get(k) and k not in _MAY_CHANGE]
+        changed = [line for name, line in run._changes(config) if not _may_change(name, config)]
         if changed:
-            flat_then, flat_now = _flatten(then), _flatten(now)
-            details = "; ".join(
-                f"{name}: {flat_then.get(name)} -> {value}"
-                for name, value in flat_now.items()
-                if name.split(".")[0] in changed and flat_then.get(name) != value
-            )
+            shown = "".join(f"\n  {line}" for line in changed[:8])
+            more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise ConfigError(
-                f"run.dir={config.run.dir!r} was started with other settings ({details}); resume it with its own: "
-                f"hybrid-rl train {run.config} run.dir={config.run.dir} --resume"
+                f"run.dir={config.run.dir!r} was started with other settings; resume it with its own: "
+                f"hybrid-rl train {run.config} run.dir={config.run.dir} --resume{shown}{more}"
             )
         return run
+
+    def _changes(self, config: Config) -> list[tuple[str, str]]:
+        """Settings that are not those of `config.yaml`: the name of each, and what it was and is."""
+        try:
+            then = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{self.config} cannot be read ({error}); restore it, or start a new run") from None
+        now = _flatten(yaml.safe_load(dump_config(config)))
+        names = [name for name in dict.fromkeys([*now, *then]) if now.get(name) != then.get(name)]
+        return [(name, f"{name}: {then.get(name)} -> {now.get(name)}") for name in names]
+
+    def change_settings(self, config: Config) -> None:
+        """Write down the settings that a resumed run goes on with; those before are kept beside them."""
+        if not (changes := self._changes(config)):
+            return
+        logger.warning("settings of the run were changed: %s", "; ".join(line for _, line in changes))
+        number = 1 + len(list(self.path.glob("config.*.yaml")))
+        write_atomically(self.path / f"config.{number}.yaml", self.config.read_text(encoding="utf-8"))
+        write_atomically(self.config, dump_config(config))
 
     def discard(self) -> None:
         """Remove what `create` made, where the run was refused before it began."""
         if not self.metrics.exists() and not self.plan.exists():
             self.config.unlink(missing_ok=True)
+            shutil.rmtree(self.logs, ignore_errors=True)
             for directory in (self.rollouts, self.path):
                 with contextlib.suppress(OSError):  # it was there before and holds other things
                     directory.rmdir()
+
+    def identity(self) -> str:
+        """By which trackers know the run: the same for as long as its directory is there."""
+        path = self.path / "tracking_id"
+        if not path.exists():
+            write_atomically(path, f"{secrets.token_hex(8)}\n")
+        return path.read_text(encoding="utf-8").strip()
+
+    def write_machine(self) -> None:
+        """What the run runs on, since it was last started or resumed."""
+        write_atomically(self.machine, json.dumps(machine_facts(), indent=1) + "\n")
+
+    def rollouts_of(self, step: int) -> Path:
+        return self.rollouts / f"step_{step:06d}.jsonl"
 
     def read_summary(self) -> dict[str, Any]:
         return json.loads(self.summary.read_text(encoding="utf-8"))
@@ -110,7 +149,7 @@ class RunDirectory:
             for group, row in zip(groups, advantages, strict=True)
             for i in range(len(group.completions))
         ]
-        (self.rollouts / f"step_{step:06d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.rollouts_of(step).write_text(scrub("\n".join(lines)) + "\n", encoding="utf-8")
 
     def write_skipped(self, step: int, batch: TrainBatch) -> Path:
         """The mini-batches of a step whose update was skipped, for a look at them."""
@@ -149,14 +188,33 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_MAY_CHANGE = ("run", "cluster", "tracking", "checkpoint", "reward")
-"""Sections whose settings a resumed run may change: they decide nothing about what is trained, but for the limits of
-`reward`, by which a completion may go unscored."""
+_MAY_CHANGE = (
+    *("run", "cluster", "tracking", "checkpoint", "reward", "rollout", "sync", "eval", "warm_start", "plan.path"),
+    *(f"learner.{name}" for name in ("world_size", "zero_stage", "offload", "packing", "sequence_parallel")),
+    *(f"learner.{name}" for name in ("logits_mib", "peak_tflops", "gradient_checkpointing", "timeout")),
+    *(
+        "learner.cpus",
+        "learner.gpus",
+        "learner.max_skipped_updates",
+        "batch.tokens_per_micro_batch",
+        "model.path",
+        "model.attention",
+    ),
+)
+"""Settings, or sections of them, that a resumed run may change: they decide where and how fast something is computed
+and what is kept of it, not what is trained. `model.path` is held to its weights' digest."""
+_ROLLOUT = ("rollout.engine", "rollout.environment", "rollout.max_turns")
+
+
+def _may_change(name: str, config: Config) -> bool:
+    if name == "steps":  # on which a falling rate, or AdaLoRA's phases, depend from the first step on
+        return config.learner.schedule == "constant" and config.rest != "adalora"
+    return name not in _ROLLOUT and any(name == may or name.startswith(f"{may}.") for may in _MAY_CHANGE)
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML, without its secrets."""
+    return yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

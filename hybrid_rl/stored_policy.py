@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.adaptation import WEIGHTS, AdaptedModel, apply_plan, read_weights
-from hybrid_rl.checkpoint import STATE, TrainerState, checkpoints, load_state
+from hybrid_rl.checkpoint import STATE, TrainerState, damage, latest_whole, load_state
 from hybrid_rl.config import ConfigError, ModelConfig
 from hybrid_rl.digests import digest_of_all
 from hybrid_rl.plan import AdaptationPlan
@@ -64,27 +64,29 @@ class StoredPolicy:
 
 
 def find_policy(directory: Path, given: str, run: Path | None = None) -> StoredPolicy:
-    """What is stored in `directory`: a checkpoint, or a run, whose last finished one is taken.
+    """What is stored in `directory`: a checkpoint, or a run, whose last whole one is taken.
 
     `given`: what error messages call it. `run`: the run of the checkpoint, where it is not the directory two above.
     Raises `ConfigError` if there is none, or its plan was changed since.
     """
     step = directory
     if not (directory / STATE).is_file():
-        saved = checkpoints(directory / "checkpoints")
-        if not saved:
+        found = latest_whole(directory / "checkpoints", [WEIGHTS])
+        if found is None:
             raise ConfigError(
                 f"{given} is neither a finished checkpoint (<run>/checkpoints/step_*) nor a run that has one"
             )
-        step = saved[-1]
+        step, problems = found
+        for problem in problems:
+            logger.warning("%s; %s is taken", problem, step.name)
+    elif (problem := damage(directory, [WEIGHTS])) is not None:
+        raise ConfigError(f"{given}: {problem}; take another checkpoint")
     step = step.resolve()
     of = RunDirectory(run or step.parent.parent)
     plan = AdaptationPlan.load(of.plan, f"{given}, whose plan")
     state = load_state(step)
     if state.plan_hash != plan.hash:
         raise ConfigError(f"{given}: {of.plan} was changed since {step.name} was saved; restore it")
-    if not (step / WEIGHTS).is_file():
-        raise ConfigError(f"{given}: {step} has no {WEIGHTS}")
     return StoredPolicy(of, plan, state, step, given)
 
 

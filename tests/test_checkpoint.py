@@ -1,65 +1,195 @@
-"""A checkpoint directory is whole or not there, whenever the process is killed."""
+"""A checkpoint is whole or not there, whenever the process is killed; damage is found; disk trouble costs no step."""
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from hybrid_rl.checkpoint import LEARNER, STATE, WEIGHTS, TrainerState, checkpoints, load_state, save_checkpoint
+from hybrid_rl.checkpoint import (
+    LEARNER,
+    PLAN,
+    STATE,
+    WEIGHTS,
+    Checkpoints,
+    TrainerState,
+    checkpoints,
+    latest_whole,
+    load_state,
+    load_waiting,
+)
+from hybrid_rl.config import CheckpointConfig, ConfigError
+from hybrid_rl.files import FileFacts, sync_and_describe
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.types import Completion
+
+PLAN_0 = AdaptationPlan("tiny", "attention-only", {}, 0, ())
 
 
-def state(step: int) -> TrainerState:
-    return TrainerState(step, 4 * step, "hash", 2, 2)
+class Learner:
+    """Writes as the ranks would. `at_once`: whether the files are there before anybody waits."""
+
+    def __init__(self, at_once: bool = True, fails: bool = False) -> None:
+        self.at_once, self.fails = at_once, fails
+        self.directory = Path()
+
+    def begin_save(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def saved(self, wait: bool) -> Mapping[str, FileFacts] | None:
+        if not (wait or self.at_once):
+            return None
+        if self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        names = ("rank_00000.safetensors", "rank_00001.safetensors", WEIGHTS)
+        for name in names:
+            (self.directory / name).write_text(f"{name} of {self.directory.parent.name}")
+        return {name: sync_and_describe(self.directory / name) for name in names}
 
 
-def write_learner(directory: str) -> None:
-    Path(directory).mkdir()
-    for rank in range(2):
-        (Path(directory) / f"rank_{rank}_optim_states.pt").write_text("x")
-    (Path(directory) / WEIGHTS).write_text("x")
+def state(step: int, accuracy: float | None = None) -> TrainerState:
+    row = {"step": step} | ({} if accuracy is None else {"eval/accuracy": accuracy})
+    return TrainerState(step, 4 * step, PLAN_0.hash, row=row)
+
+
+def save(root: Path, *states: TrainerState, learner: Learner | None = None, **settings: int) -> Checkpoints:
+    saving = Checkpoints(root, CheckpointConfig(background=False, **settings), learner or Learner())  # type: ignore[arg-type]
+    for each in states:
+        saving.begin(each, PLAN_0)
+    return saving
+
+
+def names(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoints(root)]
 
 
 def test_checkpoints_are_rotated_and_read_back(tmp_path: Path):
-    for step in (2, 4, 10):
-        path = save_checkpoint(tmp_path, state(step), write_learner, keep_last=2)
-        assert load_state(path) == state(step)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000004", "step_000010"]
-    assert {p.name for p in path.iterdir()} == {LEARNER, STATE, WEIGHTS}
-    save_checkpoint(tmp_path, state(10), write_learner, keep_last=2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000004", "step_000010"]
+    save(tmp_path, state(2), state(4), state(10), keep_last=2)
+    assert names(tmp_path) == [4, 10]
+    path = tmp_path / "step_000010"
+    assert load_state(path) == state(10)
+    assert {p.name for p in path.iterdir()} == {LEARNER, PLAN, STATE, WEIGHTS}
+    assert AdaptationPlan.load(path / PLAN) == PLAN_0
+    save(tmp_path, state(10), keep_last=2)
+    assert names(tmp_path) == [4, 10]
 
 
-def test_a_rank_that_wrote_elsewhere_is_noticed(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="0 of 2 learner ranks"):
-        save_checkpoint(tmp_path, state(1), lambda directory: Path(directory).mkdir(), keep_last=2)
+def test_the_best_are_kept_beside_the_latest(tmp_path: Path):
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.8, 5: 0.1, 6: None}
+    save(tmp_path, *(state(step, score) for step, score in scores.items()), keep_last=1, keep_best=2)
+    assert names(tmp_path) == [2, 4, 6]
+
+
+def test_training_goes_on_while_files_are_written(tmp_path: Path):
+    learner = Learner(at_once=False)
+    saving = Checkpoints(tmp_path, CheckpointConfig(), learner)
+    saving.begin(state(1), PLAN_0)
+    saving.poll()
+    assert (names(tmp_path), saving.last) == ([], None)
+    learner.at_once = True
+    saving.poll()
+    assert (names(tmp_path), saving.last) == ([1], 1)
+    learner.at_once = False
+    saving.begin(state(2), PLAN_0)
+    saving.begin(state(3), PLAN_0)  # waits for the one before
+    assert names(tmp_path) == [1, 2]
+    saving.finish()
+    assert names(tmp_path) == [2, 3]
+
+
+def test_rollouts_that_wait_come_back_exactly(tmp_path: Path):
+    done = Completion("a", (3, 4), (-0.1, -1e-9 / 3), "stop", 6, ((1, 7),), ((0, 1),))
+    saving = Checkpoints(tmp_path, CheckpointConfig(background=False), Learner())
+    saving.begin(state(1), PLAN_0, [("0/5", (done, done))])
+    assert load_waiting(tmp_path / "step_000001") == {"0/5": (done, done)}
+
+
+def test_a_full_disk_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    learner = Learner()
+    saving = save(tmp_path, state(1), learner=learner)
+    learner.fails = True
+    saving.begin(state(2), PLAN_0)
+    assert (saving.failed, saving.last, names(tmp_path)) == (1, 1, [1])
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"], "nothing half written is left"
+    (record,) = caplog.records
+    assert "step 2 could not be saved" in record.getMessage()
+    assert "No space left on device; training goes on, a resumed run would begin after step_000001" in record.message
+    learner.fails = False
+    saving.begin(state(3), PLAN_0)
+    assert names(tmp_path) == [1, 3]
+
+
+def test_files_that_other_hosts_wrote_elsewhere_are_noticed(tmp_path: Path):
+    class Elsewhere(Learner):
+        def saved(self, wait: bool) -> Mapping[str, FileFacts]:
+            return {"rank_00000.safetensors": FileFacts(3, "0")}
+
+    with pytest.raises(RuntimeError, match=r"put run.dir on a shared file system"):
+        save(tmp_path, state(1), learner=Elsewhere())
     assert checkpoints(tmp_path) == []
 
 
-def _killed(root: Path, at: str) -> None:
-    """Save step 2 in a process that is gone when it reaches the call `at`."""
+@pytest.mark.parametrize("name", [WEIGHTS, PLAN, f"{LEARNER}/rank_00001.safetensors", STATE])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_damage_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path, name: str, how: str):
+    save(tmp_path, state(1), state(2))
+    path = tmp_path / "step_000002" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if how == "flip" else content[: len(content) // 2])
+    if how == "gone":
+        path.unlink()
+    found = latest_whole(tmp_path)
+    assert found is not None
+    assert found[0].name == "step_000001"
+    assert [name in problem for problem in found[1]] == ([] if (how, name) == ("gone", STATE) else [True])
+    (tmp_path / "step_000001" / WEIGHTS).unlink()
+    if name != STATE:
+        with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*; .*step_000001"):
+            latest_whole(tmp_path)
 
-    def leave(*args: object, **kwargs: object) -> None:
-        os._exit(9)
 
-    learner = leave if at == "learner" else write_learner
-    if at == "rename":
-        Path.rename = leave  # type: ignore[method-assign, assignment]
-    elif at != "learner":
-        setattr(os, at, leave)
-    save_checkpoint(root, state(2), learner, keep_last=3)
+def test_another_format_is_named(tmp_path: Path):
+    save(tmp_path, state(1))
+    path = tmp_path / "step_000001" / STATE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 9}))
+    with pytest.raises(ConfigError, match="has format 9, and this version reads 2"):
+        load_state(path.parent)
 
 
-@pytest.mark.parametrize("at", ["learner", "fsync", "walk", "rename"])
-def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path, at: str):
-    save_checkpoint(tmp_path, state(1), write_learner, keep_last=3)
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, at))
+def _killed(root: Path, at: str, nth: int) -> None:
+    """Save step 2 in a process that is gone at the `nth` call of `at`."""
+    left = [nth]
+
+    def leave(*args: object, **kwargs: object) -> object:
+        left[0] -= 1
+        return original(*args, **kwargs) if left[0] else os._exit(9)
+
+    if at == "fsync":
+        original = os.fsync
+        os.fsync = leave  # type: ignore[assignment]
+    else:
+        original = getattr(Path, at)
+        setattr(Path, at, leave)
+    save(root, state(2), keep_last=3)
+
+
+@pytest.mark.parametrize(("at", "nth"), [("fsync", i) for i in (1, 3, 5, 7, 8)] + [("rename", i) for i in (1, 2, 3)])
+def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path, at: str, nth: int):
+    save(tmp_path, state(1), keep_last=3)
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, at, nth))
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000001"]
-    assert load_state(checkpoints(tmp_path)[0]) == state(1)
-    save_checkpoint(tmp_path, state(2), write_learner, keep_last=3)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_000001", "step_000002"]
+    found = latest_whole(tmp_path)
+    assert found is not None
+    assert found[0].name == "step_000001"
+    assert found[1] == []
+    save(tmp_path, state(2), keep_last=3)
+    assert names(tmp_path) == [1, 2]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_rl import merged_files
 from hybrid_rl.adaptation import Start, apply_plan, read_start, write_weights
-from hybrid_rl.checkpoint import STATE, WEIGHTS, TrainerState
+from hybrid_rl.checkpoint import STATE, WEIGHTS, TrainerState, load_state, write_state
 from hybrid_rl.cli import main
 from hybrid_rl.cluster.base import worker_environment
 from hybrid_rl.components import UnknownArchitecture, read_model
@@ -27,6 +27,7 @@ from hybrid_rl.config import ConfigError, ModelConfig, PlanConfig
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.digests import digest_of_all
 from hybrid_rl.export import FORMATS, export_run, load_export, open_export
+from hybrid_rl.files import describe
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
 from hybrid_rl.run_directory import dump_config
@@ -59,6 +60,11 @@ class Run:
     def weights(self) -> dict[str, Tensor]:
         return load_file(self.path / "checkpoints/step_000003" / WEIGHTS)
 
+    def change_state(self, **changes: Any) -> None:
+        checkpoint = self.path / "checkpoints/step_000003"
+        state = replace(load_state(checkpoint), **changes)
+        write_state(checkpoint, state, {WEIGHTS: describe(checkpoint / WEIGHTS)})
+
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
@@ -80,7 +86,7 @@ def write_run(path: Path, model: Path, plan: AdaptationPlan, tree: dict, step: i
     checkpoint.mkdir(parents=True)
     write_weights(adapted.trained.items(), checkpoint / WEIGHTS)
     base = digest_of_all(load(model).named_parameters())
-    (checkpoint / STATE).write_text(json.dumps(asdict(TrainerState(step, 0, plan.hash, 1, 1, base=base))))
+    write_state(checkpoint, TrainerState(step, 0, plan.hash, base=base), {WEIGHTS: describe(checkpoint / WEIGHTS)})
     plan.save(path / "plan.json")
     (path / "config.yaml").write_text(dump_config(parse_config({**tree, "model": {"path": str(model)}, "steps": 3})))
     rows = [{"step": i, "reward/mean": i / 10, "eval/accuracy": i / 4} for i in (1, 2, 3)]
@@ -275,6 +281,7 @@ def test_sparse_changes_take_little_space_and_come_back_exactly(make_run: Any, t
         weights[name] = torch.where(keep, tensor, base[name])
         weights[name].view(-1)[0] = -0.0
     write_weights(weights.items(), run.path / "checkpoints/step_000003" / WEIGHTS)
+    run.change_state()
     dense = sum(t.nbytes for t in weights.values())
     delta = run.export("delta", tmp_path / "delta")
     assert (delta / "delta-00001.safetensors").stat().st_size < 0.2 * dense
@@ -410,8 +417,7 @@ def test_another_base_model_than_the_runs_is_refused(
     arguments = ["export", str(run.path), "--to", "peft", f"model.path={other}", "--out"]
     assert main([*arguments, str(tmp_path / "no")]) == 2
     assert "is not the base model" in capsys.readouterr().err
-    state = run.path / "checkpoints/step_000003" / STATE
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"base": ""}))
+    run.change_state(base="")
     assert main([*arguments, str(tmp_path / "trusted")]) == 0
     assert sum("taken on trust" in record.message for record in caplog.records) == 1
 
@@ -599,7 +605,7 @@ def test_an_adapter_that_does_not_fit_is_refused(damage: str, untied: Path, tiny
 
 def test_damaged_checkpoints_are_refused(make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture):
     run: Run = make_run("lora")
-    for name in (WEIGHTS, STATE):
+    for name, how in ((WEIGHTS, "is not what was written"), (STATE, "cannot be read")):
         path = run.path / "checkpoints/step_000003" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:100])
@@ -607,7 +613,7 @@ def test_damaged_checkpoints_are_refused(make_run: Any, tmp_path: Path, capsys: 
         assert main(["eval", str(run.path / "config.yaml"), "--checkpoint", str(run.path)]) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hybrid-rl ")]
         assert len(errors) == 2
-        assert all(f"{name} cannot be read" in error for error in errors)
+        assert all(f"{name} {how}" in error for error in errors)
         path.write_bytes(whole)
 
 
@@ -618,9 +624,8 @@ def test_card_and_manifest(make_run: Any, tmp_path: Path, capsys: pytest.Capture
     (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
     summary = {"steps": 3, "eval_before": {"eval/accuracy": 0.5}, "eval_after": {"eval/accuracy": 0.75}}
     (run.path / "summary.json").write_text(json.dumps(summary))
-    state = run.path / "checkpoints/step_000003" / STATE
     origin = {"format": "delta", "step": 7, "rank": None, "plan": "0f", "started_from": {"format": "peft"}}
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"started_from": origin}))
+    run.change_state(started_from=origin)
     out = tmp_path / "out"
     assert main(["export", str(run.path), "--to", "merged", "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -8,11 +8,13 @@ in the order in which their prompts were drawn, whichever finished first.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
+from hybrid_rl.checkpoint import Waiting
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
 from hybrid_rl.step_clock import StepClock
-from hybrid_rl.types import Pending, ScoredGroup
+from hybrid_rl.types import Completion, Pending, ScoredGroup
 from trainers.setup import Workplace
 from trainers.step import Rollouts, complete, draws, groups_wanted, training_sampling
 
@@ -23,8 +25,17 @@ _TAG = "train"
 class Overlapped:
     """A `RolloutSource` that is at most `async.max_staleness` updates ahead. With 0 it does what `InTurn` does."""
 
-    def __init__(self, config: Config, workplace: Workplace, prompts: PromptSource, steps: int) -> None:
-        """`steps`: how many are left; no prompt is drawn that none of them uses."""
+    def __init__(
+        self,
+        config: Config,
+        workplace: Workplace,
+        prompts: PromptSource,
+        steps: int,
+        waiting: Mapping[str, tuple[Completion, ...]] = {},
+    ) -> None:
+        """`steps`: how many are left; no prompt is drawn that none of them uses. `waiting`: completions by prompt's id,
+        that are there already."""
+        self._ready = dict(waiting)
         self._config, self._prompts = config, prompts
         self._workplace, self._answers = workplace, workplace.answers
         self._most_open = (config.asynchrony.max_staleness + 1) * config.batch.prompts
@@ -69,6 +80,9 @@ class Overlapped:
     def synced(self) -> None:
         self._open -= self._in_step
 
+    def waiting(self) -> Waiting:
+        return self._answers.ended(_TAG)
+
     def close(self) -> None:
         """Nothing: what is under way ends with the engines."""
 
@@ -78,5 +92,7 @@ class Overlapped:
         if room > 0:
             self._open += room
             self._left -= room
-            self._answers.submit(self._prompts.take(room), training_sampling(self._config), _TAG)
+            drawn = self._prompts.take(room)
+            ready = {p.id: self._ready.pop(p.id) for p in drawn if p.id in self._ready}
+            self._answers.submit(drawn, training_sampling(self._config), _TAG, ready=ready)
         self._answers.poll(_POLL_SECONDS)

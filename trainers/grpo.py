@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from typing import Literal
 
-from hybrid_rl.checkpoint import LEARNER, TrainerState, checkpoints, load_state
+from hybrid_rl.checkpoint import TrainerState
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
 from hybrid_rl.drawings import draw_curve, draw_plan, draw_routing
@@ -13,73 +14,110 @@ from hybrid_rl.evaluate import evaluate
 from hybrid_rl.export import provenance
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
+from hybrid_rl.logs import log_to
 from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.report import write_report
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.screen import RunScreen
 from hybrid_rl.step_clock import StepClock
+from hybrid_rl.tracking import check_trackers
 from trainers.async_grpo import Overlapped
 from trainers.gate import Gate
+from trainers.preflight import check_surroundings
 from trainers.ranking import make_plan
 from trainers.record import Recorder
+from trainers.resume import Resumption, can_resume, evaluated_at, find_resumption, restore
 from trainers.setup import Task, Workplace, check_task, open_workplace
 from trainers.step import InTurn, RolloutSource, SkipGuard
+from trainers.stopping import Stopped, StopSignal
 
 
-def train(config: Config, *, name: str, resume: bool = False) -> RunDirectory:
-    """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can."""
-    task = check_run(config, resume)
-    run = RunDirectory.open(config) if resume else RunDirectory.create(config, name)
+def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) -> RunDirectory:
+    """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can,
+    `Stopped` when it is asked to end.
+
+    `resume`: go on with the run in `run.dir`; `auto`: if it has a checkpoint, else begin, or begin again.
+    """
+    task, resumption = check_run(config, resume)
+    if resumption is None:
+        run = RunDirectory.create(config, name, again=resume == "auto")
+    else:
+        run = resumption.run
+        run.change_settings(config)
+    log_to(run.logs)
+    run.write_machine()
     try:
-        _run(config, task, run, resume)
+        with StopSignal() as stop:
+            _run(config, task, run, resumption, stop)
     except ConfigError:
         run.discard()
         raise
     return run
 
 
-def check_run(config: Config, resume: bool) -> Task:
+def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Resumption | None]:
     """Everything that needs no worker. A run that is resumed has its own plan, wherever it once came from."""
-    return check_task(config, AdaptationPlan.load(RunDirectory.open(config).plan, "run.dir's plan") if resume else None)
+    resumption = find_resumption(config) if resume is True or (resume and can_resume(config)) else None
+    task = check_task(config, resumption and resumption.plan)
+    check_trackers(config)
+    check_surroundings(config, task)
+    return task, resumption
 
 
-def _run(config: Config, task: Task, run: RunDirectory, resume: bool) -> None:
+def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption | None, stop: StopSignal) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
+        stop.listen()
         started = time.perf_counter()
-        base = workplace.learner.base_digest()
-        plan = AdaptationPlan.load(run.plan) if resume else make_plan(config, task, workplace, screen.show_ranking)
-        ranking = run.read_summary()["ranking_seconds"] if resume else time.perf_counter() - started
-        if not resume:
-            plan.save(run.plan)
-            draw_plan(plan, run.plan_image)
-        screen.show_plan(plan)
-        workplace.learner.build(plan, task.start)
-        if resume:
-            done = _restore(run, plan, base, config, workplace)
+        if resumption is None:
+            plan, done = _start(config, task, run, workplace, screen)
         else:
-            done = TrainerState(0, 0, plan.hash, 0, 0, base=base, started_from=provenance(config))
-        workplace.sync(done.step)
+            plan, done = resumption.plan, resumption.state
+            restore(resumption, config, workplace)
+            screen.show_plan(plan)
         gate = Gate(config, workplace, task.held_out)
         gate.check(done.step)
-        if resume:
-            before = run.read_summary()["eval_before"]
-        else:
+        if resumption is None:
             before = evaluate(workplace.answers, task.eval, config).metrics
-            run.write_summary({"eval_before": before, "ranking_seconds": ranking, "plan_hash": plan.hash})
-        evaluated = done.step // config.eval.every * config.eval.every if done.last_eval and config.eval.every else 0
-        screen.show_start(done.step, done.last_eval or before, evaluated)
+            run.write_summary({**run.read_summary(), "eval_before": before})
+        before = run.read_summary()["eval_before"]
+        screen.show_start(done.step, done.last_eval or before, evaluated_at(done, config))
         prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
         source: RolloutSource = InTurn(config, workplace, prompts)
         if config.asynchrony.max_staleness:
-            source = Overlapped(config, workplace, prompts, config.steps - done.step)
-        recorder = Recorder(config, task, workplace, plan, run, screen, done, started)
-        with closing(source), closing(recorder):
-            _loop(config, workplace, source, gate, recorder, SkipGuard(run, config.learner.max_skipped_updates), done)
+            waiting = resumption.waiting if resumption else {}
+            source = Overlapped(config, workplace, prompts, config.steps - done.step, waiting)
+        guard = SkipGuard(run, config.learner.max_skipped_updates)
+        with (
+            closing(source),
+            Recorder(config, task, workplace, plan, run, screen, done, started, resumption) as recorder,
+        ):
+            try:
+                _loop(config, workplace, source, gate, recorder, guard, done, stop)
+            except Stopped:
+                raise Stopped(recorder.leave(source.waiting())) from None
         after = recorder.last_eval
-        summary = {"eval_before": before, "eval_after": after, "steps": config.steps, "ranking_seconds": ranking}
-        run.write_summary({**summary, "wall_seconds": recorder.wall_seconds, "plan_hash": plan.hash})
+        summary = {"eval_after": after, "steps": config.steps, "wall_seconds": recorder.wall_seconds}
+        run.write_summary({**run.read_summary(), **summary})
         draw_curve(run, plan, before)
         draw_routing(run, plan)
+        write_report(run.path)
         screen.show_result(run, before, after)
+
+
+def _start(
+    config: Config, task: Task, run: RunDirectory, workplace: Workplace, screen: RunScreen
+) -> tuple[AdaptationPlan, TrainerState]:
+    """Make the plan, and bring learner and engines to where training begins."""
+    started = time.perf_counter()
+    base = workplace.learner.base_digest()
+    plan = make_plan(config, task, workplace, screen.show_ranking)
+    run.write_summary({"ranking_seconds": time.perf_counter() - started, "plan_hash": plan.hash})
+    plan.save(run.plan)
+    draw_plan(plan, run.plan_image)
+    screen.show_plan(plan)
+    workplace.learner.build(plan, task.start)
+    workplace.sync(0)
+    return plan, TrainerState(0, 0, plan.hash, base=base, started_from=provenance(config))
 
 
 def _loop(
@@ -90,6 +128,7 @@ def _loop(
     recorder: Recorder,
     guard: SkipGuard,
     done: TrainerState,
+    stop: StopSignal,
 ) -> None:
     """Train from the step after `done` to the last."""
     for step in range(done.step + 1, config.steps + 1):
@@ -97,42 +136,22 @@ def _loop(
         scale = lr_scales(step, config)
 
         rollouts = source.next(step, clock)
-        data = assemble(rollouts.groups, config, rollouts.divergences, step=step)
-        batch = mini_batches(data.sequences, config, scale, step)
-        stats = NO_UPDATE
-        if batch.mini_batches:
-            with workplace.learning():
-                training = workplace.learner.begin_train(workplace.cluster.share(batch))
-                source.during(training)
-                stats = training.result()
-            guard.see(step, batch, stats.metrics)
-        clock.add(stats.seconds)
-        with clock.time("sync"):
-            synced = workplace.sync(step, config.asynchrony.in_flight)
-            source.synced()
-        with clock.time("gate"):
-            metrics = gate.check(step)
+        with stop.held():
+            data = assemble(rollouts.groups, config, rollouts.divergences, step=step)
+            batch = mini_batches(data.sequences, config, scale, step)
+            stats = NO_UPDATE
+            if batch.mini_batches:
+                with workplace.learning():
+                    training = workplace.learner.begin_train(workplace.cluster.share(batch))
+                    source.during(training)
+                    stats = training.result()
+                guard.see(step, batch, stats.metrics)
+            clock.add(stats.seconds)
+            with clock.time("sync"):
+                synced = workplace.sync(step, config.asynchrony.in_flight)
+                source.synced()
+            with clock.time("gate"):
+                metrics = gate.check(step)
 
-        metrics |= {"lr/full": config.full.lr * scale["full"], "lr/lora": config.lora_lr * scale["lora"]}
-        recorder.write(step, clock, rollouts, data, stats, synced, source.position, metrics)
-
-
-def _restore(run: RunDirectory, plan: AdaptationPlan, base: str, config: Config, workplace: Workplace) -> TrainerState:
-    saved = checkpoints(run.checkpoints)
-    if not saved:
-        raise ConfigError(f"{run.path} has no finished checkpoint to resume from; start the run anew")
-    state = load_state(saved[-1])
-    if state.plan_hash != plan.hash:
-        raise ConfigError(f"{run.plan} was changed since {saved[-1].name} was saved; restore it or start a new run")
-    if state.base not in ("", base):
-        raise ConfigError(
-            f"model.path={config.model.path!r} is not the base model that {run.path} was started with: its weights "
-            "differ; resume with that one"
-        )
-    if (state.zero_stage, state.world_size) != (config.learner.zero_stage, config.learner.world_size):
-        raise ConfigError(
-            f"{saved[-1].name} was saved with learner.zero_stage={state.zero_stage}, learner.world_size="
-            f"{state.world_size}; resume with the same"
-        )
-    workplace.learner.load(str(saved[-1].resolve() / LEARNER))
-    return state
+            metrics |= {"lr/full": config.full.lr * scale["full"], "lr/lora": config.lora_lr * scale["lora"]}
+            recorder.write(step, clock, rollouts, data, stats, synced, source, metrics)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
 
-from hybrid_rl.checkpoint import TrainerState, save_checkpoint
+from hybrid_rl.checkpoint import Checkpoints, TrainerState, Waiting
 from hybrid_rl.config import Config
 from hybrid_rl.evaluate import evaluate
 from hybrid_rl.learner.assemble import Assembled, reward_metrics
@@ -16,8 +19,9 @@ from hybrid_rl.screen import RunScreen
 from hybrid_rl.step_clock import StepClock
 from hybrid_rl.tracking import MetricsLog
 from hybrid_rl.types import StepStats
+from trainers.resume import Resumption, learner_layout
 from trainers.setup import Synced, Task, Workplace
-from trainers.step import Rollouts, staleness_metrics
+from trainers.step import Rollouts, RolloutSource, staleness_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +39,15 @@ class Recorder:
         screen: RunScreen,
         done: TrainerState,
         started: float,
+        resumption: Resumption | None,
     ) -> None:
-        """`done`: where the run stood at `started` (`time.perf_counter`)."""
+        """`done`: where the run stood at `started` (`time.perf_counter`), as `resumption` has it."""
         self._config, self._task, self._workplace, self._plan = config, task, workplace, plan
         self._run, self._screen, self._log = run, screen, MetricsLog(run, config, last=done.row)
         self._done, self._before = done, done.wall_seconds - started
+        self._checkpoints = Checkpoints(run.checkpoints, config.checkpoint, workplace.learner)
+        self._checkpoints.last = done.step if resumption else None
+        self._damaged, self._failed = resumption.damaged if resumption else 0, 0
         self._faults: Mapping[str, int] = {}
         self._ranks = done.row.get("adalora/budget", sum(m.rank or 0 for m in plan.named("adalora")))
         """That AdaLoRA's schedule has left after the latest update."""
@@ -53,10 +61,10 @@ class Recorder:
         data: Assembled,
         stats: StepStats,
         synced: Synced,
-        position: int,
+        source: RolloutSource,
         metrics: Mapping[str, float],
     ) -> None:
-        """Evaluate, save and log as the settings say. `position`: prompts used so far; `metrics`: further ones."""
+        """Evaluate, save and log as the settings say. `metrics`: further ones."""
         config, workplace, run = self._config, self._workplace, self._run
         row = {"step": step, **reward_metrics(rollouts.groups, data), **stats.metrics, **metrics}
         row |= {"sync/bytes": synced.update.bytes, "sync/full_model_bytes": self._task.model_bytes}
@@ -66,6 +74,7 @@ class Recorder:
         row |= staleness_metrics(rollouts.groups, step - 1)
         row |= {f"faults/reward_{kind}": count for kind, count in rollouts.faults.items()}
         row["reward/resampled_groups"] = rollouts.resampled
+        row["faults/damaged_checkpoints"], self._damaged = self._damaged, 0
         faults = self._pool_faults()
         row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()}
         self._faults = faults
@@ -79,24 +88,44 @@ class Recorder:
             with clock.time("eval"):
                 self.last_eval = evaluate(workplace.answers, self._task.eval, config).metrics
             row |= self.last_eval
-        if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            with clock.time("checkpoint"):
-                state = TrainerState(
-                    step,
-                    position,
-                    self._plan.hash,
-                    config.learner.zero_stage,
-                    config.learner.world_size,
-                    self.wall_seconds,
-                    self.last_eval,
-                    row | clock.row(),
-                    self._done.base,
-                    self._done.started_from,
-                )
-                save_checkpoint(run.checkpoints, state, workplace.learner.save, keep_last=config.checkpoint.keep_last)
-        row |= clock.row()
-        self._log.write(row, {"policy/advantages": [a for group in data.advantages for a in group]})
-        self._screen.show_step(row)
+        with clock.time("checkpoint"):
+            self._checkpoints.poll()
+            self._done = replace(
+                self._done,
+                step=step,
+                prompts_drawn=source.position,
+                wall_seconds=self.wall_seconds,
+                last_eval=self.last_eval,
+                row=row | clock.row(),
+                layout=learner_layout(config),
+            )
+            if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                self._checkpoints.begin(self._done, self._plan, source.waiting())
+        row |= {"faults/failed_checkpoints": self._checkpoints.failed - self._failed} | clock.row()
+        self._failed = self._checkpoints.failed
+        row |= self._log.faults()
+        alerts = self._log.write(row, {"policy/advantages": [a for group in data.advantages for a in group]})
+        self._screen.show_step(row, alerts)
+        if step == config.steps:
+            self._finish()
+
+    def leave(self, waiting: Waiting) -> str:
+        """Save the last finished step, unless it is. Returns what there is to go on from, for people."""
+        if not self._done.row:
+            return "before its first step"
+        self._checkpoints.finish()
+        if self._checkpoints.last != self._done.step:
+            self._checkpoints.begin(self._done, self._plan, waiting)
+        self._finish()
+        return f"after step {self._done.step} of {self._config.steps}, which is saved"
+
+    def _finish(self) -> None:
+        self._checkpoints.finish()
+        if self._checkpoints.last != self._done.step:
+            raise RuntimeError(
+                f"step {self._done.step} could not be saved under {self._run.checkpoints}; make room, and go on from "
+                "the checkpoint before with --resume"
+            )
 
     def _warn_of_ranks(self) -> None:
         wanted = sum(m.options["target"] for m in self._plan.named("adalora"))
@@ -113,7 +142,15 @@ class Recorder:
         """Spent on the run so far, over all its resumptions."""
         return self._before + time.perf_counter()
 
-    def close(self) -> None:
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with suppress(Exception):  # what was begun to be saved is worth a try; the error says more
+                self._checkpoints.finish()
         self._log.close()
 
     def _pool_faults(self) -> dict[str, int]:

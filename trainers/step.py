@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from hybrid_rl.checkpoint import Waiting
 from hybrid_rl.config import Config
 from hybrid_rl.data import PromptSource
 from hybrid_rl.learner.assemble import groups_with_signal
@@ -58,6 +59,10 @@ class RolloutSource(Protocol):
         """Called when the engines have the weights of the step that `next` was for."""
         ...
 
+    def waiting(self) -> Waiting:
+        """Completions by prompt's id, that are there and no step has asked for."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -93,6 +98,9 @@ class InTurn:
 
     def synced(self) -> None:
         """Nothing."""
+
+    def waiting(self) -> Waiting:
+        return []
 
     def close(self) -> None:
         """Nothing."""

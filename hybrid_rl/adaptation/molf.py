@@ -203,22 +203,33 @@ class MolfAdamW(torch.optim.Optimizer):
         zero = torch.zeros((), dtype=torch.float64)
         return [torch.stack(squares).sum() if squares else zero for squares in self._squares]
 
+    @property
+    def running_means(self) -> dict[str, Any] | None:
+        """Of the scores, by module, and the steps that they are of; `None` where scores are not calibrated. Set, it
+        raises `ValueError` if they are not of the same experts, or missing."""
+        if self._calibration == "none":
+            return None
+        means = {module: self._means_E[ids.start : ids.stop].tolist() for module, ids in self._modules.items()}
+        return {"steps": self._scored, "means": means}
+
+    @running_means.setter
+    def running_means(self, saved: Mapping[str, Any] | None) -> None:
+        if self._calibration == "none":
+            return
+        saved = saved or {"means": {}}
+        if {m: len(means) for m, means in saved["means"].items()} != {m: len(i) for m, i in self._modules.items()}:
+            raise ValueError(f"the state to load has no calibration={self._calibration!r} of these experts")
+        means = [mean for module in self._modules for mean in saved["means"][module]]
+        self._means_E, self._scored = torch.tensor(means, dtype=torch.float64), saved["steps"]
+
     def state_dict(self) -> dict[str, Any]:
         """Of torch's AdamW, and the running means of the scores if they are calibrated."""
-        state = super().state_dict()
-        if self._calibration != "none":
-            means = {module: self._means_E[ids.start : ids.stop].tolist() for module, ids in self._modules.items()}
-            state["calibration"] = {"steps": self._scored, "means": means}
-        return state
+        means = self.running_means
+        return super().state_dict() | ({} if means is None else {"calibration": means})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises `ValueError` if the state has not the running means of the same experts, and they are needed."""
-        if self._calibration != "none":
-            saved = state_dict.get("calibration", {"means": {}})
-            if {m: len(means) for m, means in saved["means"].items()} != {m: len(i) for m, i in self._modules.items()}:
-                raise ValueError(f"the state to load has no calibration={self._calibration!r} of these experts")
-            means = [mean for module in self._modules for mean in saved["means"][module]]
-            self._means_E, self._scored = torch.tensor(means, dtype=torch.float64), saved["steps"]
+        self.running_means = state_dict.get("calibration")
         super().load_state_dict(state_dict)
 
     def _gapless(self, pieces: Sequence[tuple[int, int, int]], size: int) -> Iterator[tuple[int, int, int]]:

@@ -7,11 +7,9 @@ shares. Importance is of the gradient that the optimizer was given, after clippi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
@@ -25,7 +23,6 @@ from hybrid_rl.treatments import AdaloraConfig
 Pieces = Mapping[Tensor, Sequence[Tensor]]
 """By master, flat tensors that have, one after another, something for each of its elements."""
 
-_STATE, _RANKS = "adalora.safetensors", "adalora.json"
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -122,26 +119,20 @@ class RankAllocation:
                 piece[taken[places].to(piece.device)] = 0
         return bool(kept)
 
-    def save(self, directory: Path) -> None:
-        """Write what the coming allocations depend on, and the modules' ranks to be read."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the coming allocations depend on: tensors, and the modules' ranks with what JSON can say besides."""
         averages = {f"{which}/{n}": t for which in _AVERAGES for n, t in getattr(self._allocator, which).items()}
-        kept = {f"kept/{name}": torch.tensor(of_ranks) for name, of_ranks in self._kept.items()}
-        safetensors.torch.save_file(averages | kept, directory / _STATE)
-        tree = {"updates": self._updates, "budget": self.budget, "ranks": self.ranks}
-        (directory / _RANKS).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        facts = {"updates": self._updates, "budget": self.budget, "ranks": self.ranks, "kept": self._kept}
+        return {name: tensor.clone() for name, tensor in averages.items()}, facts
 
-    def load(self, directory: Path) -> None:
-        """Read back what `save` wrote."""
-        self._updates = json.loads((directory / _RANKS).read_text(encoding="utf-8"))["updates"]
-        found = safetensors.torch.load_file(directory / _STATE)
-        of = {
-            kind: {name.removeprefix(f"{kind}/"): t for name, t in found.items() if name.startswith(f"{kind}/")}
-            for kind in (*_AVERAGES, "kept")
-        }
-        self._kept = {name: t.tolist() for name, t in of["kept"].items()}
+    def restore(self, averages: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take back what `state` was."""
+        self._updates, self._kept = facts["updates"], {name: list(kept) for name, kept in facts["kept"].items()}
         for which in _AVERAGES:
-            setattr(self._allocator, which, of[which])
-        self._allocator.ipt = dict(of[_AVERAGES[0]])  # PEFT begins anew with what it has none of; the values are unused
+            found = {n.removeprefix(f"{which}/"): t for n, t in averages.items() if n.startswith(f"{which}/")}
+            setattr(self._allocator, which, found)
+        # PEFT begins anew with what it has none of; the values are unused.
+        self._allocator.ipt = dict(getattr(self._allocator, _AVERAGES[0]))
         self._gradients = {}
 
     def _held(self, name: str, pieces: Pieces) -> Iterator[tuple[Tensor, slice]]:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -24,9 +23,10 @@ from hybrid_rl.adaptation.adapters import AdaLora
 from hybrid_rl.adaptation.molf import Fragment, MolfAdamW
 from hybrid_rl.config import Config
 from hybrid_rl.learner.adalora import RankAllocation
+from hybrid_rl.learner.shards import Shards, piece_key
 from hybrid_rl.weight_sync import BaseFiles
 
-_TAG = "state"
+_ADALORA = "adalora/"
 _CHUNK = 2**22
 """Elements of optimizer state looked at together."""
 
@@ -74,7 +74,7 @@ class TrainingEngine:
             config=_deepspeed_config(config, sum(p.numel() for g in groups for p in g.parameters)),
         )
         self._check(settings)
-        fragments = self._fragments()
+        self._fragments_held = fragments = self._fragments()
         if self._molf is not None:
             self._molf.bind(self._masters(), fragments)
         adalora = {name: a for name, a in adapted.adapters.items() if isinstance(a, AdaLora)}
@@ -182,20 +182,57 @@ class TrainingEngine:
                 fragment.master.detach()[fragment.start : fragment.start + fragment.length] = share
         self._masters_changed()
 
-    def save(self, directory: str) -> None:
-        """Write this rank's share of the optimizer's state and of the trained weights."""
-        if self._allocation is not None and deepspeed.comm.get_rank() == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self._allocation.save(Path(directory))
-        self._engine.save_checkpoint(directory, tag=_TAG, exclude_frozen_parameters=True)
-
-    def load(self, directory: str) -> None:
-        """Read back what `save` wrote. Raises `RuntimeError` if there is nothing."""
-        path, _ = self._engine.load_checkpoint(directory, tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint under {directory}")
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This rank's share of the masters and of the optimizer's state, copied to CPU memory, and further facts: what
+        `shards` writes, and the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        steps: dict[str, float] = {}
+        for name, fragment in self._named_fragments():
+            held = {"master": fragment.master, **self._optimizer.optimizer.state[fragment.master]}
+            steps[name] = float(held.pop("step", 0))
+            for kind, values in held.items():
+                part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
+                tensors[piece_key(kind, fragment.offset, name)] = part.to("cpu", copy=True)
+        facts: dict[str, Any] = {"steps": steps}
+        if self._molf is not None:
+            facts["running_means"] = self._molf.running_means
         if self._allocation is not None:
-            self._allocation.load(Path(directory))
+            averages, facts["adalora"] = self._allocation.state()
+            tensors |= {f"{_ADALORA}{name}": tensor for name, tensor in averages.items()}
+        return tensors, facts
+
+    @torch.no_grad()
+    def restore(self, shards: Shards) -> None:
+        """Take back what all ranks' `state` was, however many they were and under whatever ZeRO stage.
+
+        Raises `ValueError` if some of it is missing.
+        """
+        self._forget_whole()
+        steps = {name: count for facts in shards.facts for name, count in facts["steps"].items()}
+        for masters in self._masters():
+            for master in masters:
+                master.detach().zero_()  # padding too
+        for name, fragment in self._named_fragments():
+            state = self._optimizer.optimizer.state[fragment.master]
+            for kind in shards.kinds:
+                values = fragment.master if kind == "master" else state.get(kind)
+                if values is None:
+                    values = state[kind] = torch.zeros_like(fragment.master)
+                part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
+                part.copy_(shards.read(kind, name, fragment.offset, fragment.length))
+            whole = isinstance(state.get("step"), int)  # DeepSpeed's optimizers count in plain numbers
+            state["step"] = int(steps[name]) if whole else torch.tensor(steps[name])
+        self._masters_changed()
+        if self._molf is not None:
+            self._molf.running_means = shards.facts[0]["running_means"]
+        if self._allocation is not None:
+            self._allocation.restore(shards.tensors(0, _ADALORA), shards.facts[0]["adalora"])
+
+    def _named_fragments(self) -> Iterator[tuple[str, Fragment]]:
+        """What this rank holds of each trained parameter."""
+        for name, parameter in self._adapted.trained.items():
+            if parameter in self._fragments_held:
+                yield name, self._fragments_held[parameter]
 
     def _molf_adam(self, settings: Mapping[str, Any]) -> MolfAdamW:
         learner, molf = self._config.learner, self._config.molf

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybrid_rl.adaptation import PARTS, Start
+from hybrid_rl.files import FileFacts
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.scoring import Score
-from hybrid_rl.types import Pending, TrainSequence, WeightUpdate, WorkerHandle, gather
+from hybrid_rl.types import Pending, TrainSequence, WeightUpdate, WorkerDied, WorkerHandle, gather
 from hybrid_rl.weight_sync import Meeting
 
 
@@ -22,6 +23,8 @@ class LearnerGroup:
         self.first = self._workers[0]
         """Rank 0."""
         self._training: Pending | None = None
+        self._lost: WorkerDied | None = None
+        """How the first rank was lost: the others would wait for it for ever."""
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the ranks and load the model. Returns how it will be computed: `layout` and why, `whole_logits`."""
@@ -47,8 +50,11 @@ class LearnerGroup:
     def begin_train(self, batch: Any) -> Pending:
         """Train on a `TrainBatch`, or on a reference to one: a call whose result is `StepStats`. Ranks work in step;
         seconds are rank 0's."""
-        self._training = _First([w.submit("train", batch) for w in self._workers], self._timeout)
+        self._training = _First([w.submit("train", batch) for w in self._workers], self._timeout, self._lose)
         return self._training
+
+    def _lose(self, death: WorkerDied) -> None:
+        self._lost = death
 
     @property
     def trains(self) -> bool:
@@ -81,22 +87,35 @@ class LearnerGroup:
         """Move every trained weight at random, as if it had been trained."""
         self._all("perturb", seed, scale)
 
-    def save(self, directory: str) -> None:
-        self._all("save", directory)
+    def begin_save(self, directory: str) -> None:
+        """Copy what training depends on, and begin to write it under `directory`."""
+        self._all("begin_save", directory)
+
+    def saved(self, wait: bool) -> dict[str, FileFacts] | None:
+        """The files that all ranks have written since; `None` if some are not there yet and `wait` is false. Raises
+        `OSError` if one could not be written."""
+        of_ranks = self._all("saved", wait)
+        return None if None in of_ranks else {name: facts for files in of_ranks for name, facts in files.items()}
 
     def load(self, directory: str) -> None:
         self._all("load", directory)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Call every rank, and wait for all: the answers by rank."""
-        return gather([w.submit(method, *args) for w in self._workers], self._timeout)
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return gather([w.submit(method, *args) for w in self._workers], self._timeout)
+        except WorkerDied as death:
+            self._lost = death
+            raise
 
 
 class _First:
     """What every rank is doing, as one call with rank 0's result."""
 
-    def __init__(self, ranks: Sequence[Pending], limit: float | None) -> None:
-        self._ranks, self._limit, self._started = list(ranks), limit, time.monotonic()
+    def __init__(self, ranks: Sequence[Pending], limit: float | None, lost: Callable[[WorkerDied], None]) -> None:
+        self._ranks, self._limit, self._started, self._lost = list(ranks), limit, time.monotonic(), lost
         self._result: list[Any] | None = None
 
     @property
@@ -107,7 +126,11 @@ class _First:
         """The first failure ends the wait: the other ranks may be waiting for the one that failed. `timeout` is not
         looked at, but the ranks' own limit."""
         if self._result is None:
-            self._result = gather(self._ranks, self._limit, self._started)
+            try:
+                self._result = gather(self._ranks, self._limit, self._started)
+            except WorkerDied as death:
+                self._lost(death)
+                raise
         return self._result[0]
 
     def ready(self, timeout: float) -> bool:

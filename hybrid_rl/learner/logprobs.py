@@ -85,10 +85,11 @@ def read_head(model: Any) -> Head | str:
 class PolicyModel(nn.Module):
     """What DeepSpeed wraps: token ids in, log-probabilities of the tokens asked for out."""
 
-    def __init__(self, model: Any, *, temperature: float, chunk_mib: int) -> None:
+    def __init__(self, model: Any, *, temperature: float, chunk_mib: int, head: Head | str | None = None) -> None:
+        """`head`: what `read_head` says, which is asked where it is not given."""
         super().__init__()
         self.model = model
-        head = read_head(model)
+        head = head or read_head(model)
         self.whole_logits: str | None = None if isinstance(head, Head) else head
         """Why the logits of a whole micro-batch are made; `None` if they are not."""
         self._scale = 1 / temperature

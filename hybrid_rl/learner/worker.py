@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ import deepspeed.comm
 import deepspeed.ops
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +30,7 @@ from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.digests import digest, digest_of_all
+from hybrid_rl.files import FileFacts, sync_and_describe
 from hybrid_rl.flops import count_flops, peak_tflops
 from hybrid_rl.learner.assemble import weigh
 from hybrid_rl.learner.batching import collate
@@ -36,6 +39,7 @@ from hybrid_rl.learner.layout import Layout, choose_layout
 from hybrid_rl.learner.logprobs import PolicyModel
 from hybrid_rl.learner.scorer import Scorer
 from hybrid_rl.learner.sequence_parallel import SequenceGroup
+from hybrid_rl.learner.shards import Shards, random_state, restore_random, shard_path, write_shard
 from hybrid_rl.learner.update import PolicyUpdate
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import probe_plan, select_candidates
@@ -50,6 +54,7 @@ class LearnerWorker:
         self._rank = rank
         self._transport = transport
         self._publisher = open_publisher(config, transport)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the process group at `address:port`, load the base model and find out how it may be computed.
@@ -253,20 +258,49 @@ class LearnerWorker:
         """Move every trained weight by `scale` times normal noise, as if it had been trained."""
         self._engine.perturb(seed, scale)
 
-    def save(self, directory: str) -> None:
-        """Write this rank's share of the optimizer and the trained weights under `directory`; rank 0 also writes the
-        trained weights alone (`WEIGHTS`)."""
-        self._engine.save(directory)
+    def begin_save(self, directory: str) -> None:
+        """Copy what training depends on into CPU memory, and begin to write it under `directory`; `saved` says when it
+        is there. Rank 0 also writes the trained weights alone (`WEIGHTS`)."""
+        tensors, facts = self._engine.state()
+        tensors |= random_state()
         trained = self._adapted.trained.items()
         masters = ((name, cast(Tensor, safe_get_full_fp32_param(p))) for name, p in trained)
         if self._rank == 0:
-            write_weights(masters, Path(directory) / WEIGHTS)
+            facts["publisher"] = self._publisher.cadence
+            weights = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in masters}
         else:
             deque(masters, maxlen=0)
+            weights = None
+
+        def write() -> dict[str, FileFacts]:
+            paths = [shard_path(Path(directory), self._rank)]
+            write_shard(paths[0], tensors, facts)
+            if weights is not None:
+                paths.append(Path(directory) / WEIGHTS)
+                write_weights(weights.items(), paths[1])
+            return {path.name: sync_and_describe(path) for path in paths}
+
+        self._writing = self._writer.submit(write)
+
+    def saved(self, wait: bool) -> dict[str, FileFacts] | None:
+        """The files that `begin_save` wrote, synced; `None` if they are not there yet and `wait` is false.
+
+        Raises `OSError` if they could not be written.
+        """
+        if not wait and not self._writing.done():
+            return None
+        try:
+            return self._writing.result()
+        except SafetensorError as error:  # how safetensors reports the system's own errors
+            raise OSError(str(error)) from None
 
     def load(self, directory: str) -> None:
-        """Read back what `save` wrote, with the same number of ranks and ZeRO stage."""
-        self._engine.load(directory)
+        """Read back what the ranks wrote, however many they were. Raises `ValueError` if some of it is missing."""
+        shards = Shards(Path(directory))
+        self._engine.restore(shards)
+        self._publisher.resume(shards.facts[0]["publisher"])
+        if self._rank < len(shards.facts):
+            restore_random(shards, self._rank)
 
     @property
     def _built(self) -> bool:

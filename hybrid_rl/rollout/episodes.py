@@ -13,7 +13,7 @@ answer; one whose environment fails ends as `environment`. So a completion alway
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -80,14 +80,27 @@ class Episodes:
         )
         """Completions so far that ended because the environment failed, by how."""
 
-    def submit(self, prompts: Sequence[Prompt], sampling: Sampling, tag: str = "", *, first: bool = False) -> None:
-        """Begin `sampling.n` completions of each prompt. `take_next` of the same tag has them."""
-        groups = [_Group(p, sampling, prompt_seed(sampling.seed, p.id), [None] * sampling.n) for p in prompts]
-        self._groups.setdefault(tag, []).extend(groups)
-        requests = [
-            Request(f"{tag}/{g.prompt.id}#{next(self._numbers)}", g.prompt.token_ids, sampling, g.seed) for g in groups
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        tag: str = "",
+        *,
+        first: bool = False,
+        ready: Mapping[str, Sequence[Completion]] = {},
+    ) -> None:
+        """Begin `sampling.n` completions of each prompt. `take_next` of the same tag has them. `ready`: by prompt's id,
+        completions that have ended already."""
+        nothing = [None] * sampling.n
+        groups = [
+            _Group(p, sampling, prompt_seed(sampling.seed, p.id), list(ready.get(p.id, nothing))) for p in prompts
         ]
-        self._asked |= {r.id: g for r, g in zip(requests, groups, strict=True)}
+        self._groups.setdefault(tag, []).extend(groups)
+        begun = [group for group in groups if None in group.ended]
+        requests = [
+            Request(f"{tag}/{g.prompt.id}#{next(self._numbers)}", g.prompt.token_ids, sampling, g.seed) for g in begun
+        ]
+        self._asked |= {r.id: g for r, g in zip(requests, begun, strict=True)}
         self._pool.submit(requests, first=first)
 
     def poll(self, seconds: float) -> None:
@@ -117,6 +130,11 @@ class Episodes:
         for group in new:
             group.told = True
         return [(g.prompt, tuple(c for c in g.ended if c is not None)) for g in new]
+
+    def not_taken(self, tag: str = "") -> list[tuple[str, tuple[Completion, ...]]]:
+        """By id, prompts submitted under `tag` whose completions have all ended, and `take_next` has not given."""
+        done = [g for g in self._groups.get(tag, []) if None not in g.ended]
+        return [(g.prompt.id, tuple(c for c in g.ended if c is not None)) for g in done]
 
     def forget(self, tag: str) -> None:
         """A tag that is used no more."""

@@ -58,6 +58,24 @@ class Publisher:
         """The count until which a tensor is sent whole without a look at what changed."""
         self._retired: list[WeightUpdate] = []
         """The chain before, which engines may still be fetching."""
+        self._since_anchor, self._delta_bytes = 0, 0
+        """Updates, the anchor included, and bytes without it."""
+        self._resumed: dict[str, Any] | None = None
+
+    @property
+    def cadence(self) -> dict[str, Any]:
+        """What decides when the next anchors are due, and of which tensors the changes are looked for."""
+        return {
+            "count": self._count,
+            "since_anchor": self._since_anchor,
+            "delta_bytes": self._delta_bytes,
+            "whole_until": dict(self._whole_until),
+        }
+
+    def resume(self, cadence: dict[str, Any]) -> None:
+        """After the next update, which is an anchor, go on as a publisher with this `cadence` would: what a resumed run
+        sends is what it would have sent."""
+        self._resumed = cadence
 
     def restart(self) -> None:
         """The next update is an anchor: other tensors will be trained."""
@@ -107,16 +125,23 @@ class Publisher:
         update = WeightUpdate(version, None if all_dense else base, tuple(buckets), digests, adapter_rank)
         if update.base_version is None:
             self._retired, self._chain = self._chain, []
+            self._since_anchor, self._delta_bytes = 0, 0
+        else:
+            self._delta_bytes += update.bytes
         self._chain.append(update)
         self._version = version
         self._count += 1
+        self._since_anchor += 1
+        if self._resumed is not None:
+            self._count, self._whole_until = self._resumed["count"], self._resumed["whole_until"]
+            self._since_anchor, self._delta_bytes = self._resumed["since_anchor"], self._resumed["delta_bytes"]
+            self._resumed = None
         return update
 
     def _anchor_is_due(self) -> bool:
         if self._version is None or not self._sparse:
             return True
-        anchor, *deltas = self._chain
-        return len(self._chain) >= self._anchor_every or sum(u.bytes for u in deltas) > _MOST_DELTAS * anchor.bytes
+        return self._since_anchor >= self._anchor_every or self._delta_bytes > _MOST_DELTAS * self._chain[0].bytes
 
     def _take(self, name: str, tensor: Tensor, old: Tensor | None, sparse: bool) -> Parts:
         """Encode a tensor, on the device where it is, and hold it from now on."""

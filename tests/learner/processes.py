@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm
 import torch
 from transformers import AutoModelForCausalLM
 
 from hybrid_rl.cluster.inline import free_port
 from hybrid_rl.components import read_model
 from hybrid_rl.config import LoraConfig, PlanConfig
+from hybrid_rl.learner.shards import Shards, shard_path, write_shard
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import build_plan
 from hybrid_rl.types import TrainSequence
@@ -65,6 +67,17 @@ def _call(queue: Any, function: Callable[..., Any], rank: int, *arguments: Any) 
         raise
     if rank == 0:
         queue.put((None, pickle.dumps(result)))  # tensors by value: this process ends
+
+
+def save_engine(engine: Any, directory: str, rank: int) -> None:
+    """This rank's part of a checkpoint, without a worker around the engine."""
+    write_shard(shard_path(Path(directory), rank), *engine.state())
+
+
+def load_engine(engine: Any, directory: str) -> None:
+    """Read back what all ranks saved, once they all have."""
+    deepspeed.comm.barrier()
+    engine.restore(Shards(Path(directory)))
 
 
 def random_sequences(seed: int, count: int = 11, advantage: float = 2.0) -> list[TrainSequence]:

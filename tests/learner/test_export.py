@@ -96,7 +96,8 @@ def _ranks(rank: int, port: int, tree: dict, plan: str, directory: str) -> None:
         distance = float((tensor.float() - start[name].float()).std())
         assert distance == pytest.approx(0.05 * (2 if "lora_B" in name else 1), rel=0.2), name
         assert float((trained[name].float() - tensor.float()).abs().max()) < 0.01, name
-    worker.save(directory)
+    worker.begin_save(directory)
+    worker.saved(wait=True)
     if rank == 0:
         saved = safetensors.torch.load_file(Path(directory) / WEIGHTS)
         assert all(t.dtype == torch.float32 for t in saved.values())

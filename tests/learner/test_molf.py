@@ -15,7 +15,7 @@ from hybrid_rl.adaptation.molf import MolfAdamW
 from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
-from tests.learner.processes import ENGINE_VARIANTS, on_ranks
+from tests.learner.processes import ENGINE_VARIANTS, load_engine, on_ranks, save_engine
 
 WORLD = 2
 STEPS, SAVED_AT, BAD = 6, 4, 2
@@ -135,14 +135,14 @@ def _on_rank(rank: int, port: int, directory: str) -> dict[str, Any]:
                 assert not any(bad.update_norms.values())
                 assert all(torch.equal(a, b) for a, b in zip(_memory(engine._molf), before, strict=True))
             if i == SAVED_AT:
-                engine.save(f"{directory}/{name}")
+                save_engine(engine, f"{directory}/{name}", rank)
             updates.append(step(i))
         final = weights()
         engine.perturb(0, 1e-2)
         moved = weights()
         assert all(not torch.equal(moved[n], final[n]) for n in final)
         step(0)
-        engine.load(f"{directory}/{name}")
+        load_engine(engine, f"{directory}/{name}")
         again = [step(i) for i in range(SAVED_AT, STEPS)]
         results[name] = updates, final, again, weights()
         engine._groups[0] = replace(groups[0], parameters=groups[0].parameters[::-1])

@@ -74,7 +74,8 @@ def _build_and_save(rank: int, port: int, model: str, plan: str, start: Start) -
             worker = LearnerWorker(parse_config(tree), rank, Memory())
             worker.connect("127.0.0.1", port)
         worker.build(plan, start)
-        worker.save(str(Path(start.directory) / f"zero_{stage}"))
+        worker.begin_save(str(Path(start.directory) / f"zero_{stage}"))
+        worker.saved(wait=True)
         update: Any = worker.export(1)
         if rank == 0:
             sent[stage] = receive(worker._transport, [update])

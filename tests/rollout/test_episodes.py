@@ -274,6 +274,20 @@ def test_engines_go_on_while_the_environment_thinks(episodes: Any):
     assert [p.text for p, _ in made.take_next(3, "train")] == ["p", "q", "r"]
 
 
+def test_what_has_ended_before_is_not_asked_for():
+    pool = FakePool()
+    episodes, both = Episodes(pool), prompts("p", "q")  # type: ignore[arg-type]
+    first = {p.id: tuple(done) for p, done in zip(both, generate(episodes, both, SAMPLING), strict=True)}
+    ready = {both[0].id: first[both[0].id]}
+    episodes.submit(both, SAMPLING, "again", ready=ready)
+    assert episodes.not_taken("again") == list(ready.items())
+    assert [(p.id, done) for p, done in episodes.ended("again")] == list(ready.items())
+    while episodes.unfinished("again"):
+        episodes.poll(0.0)
+    assert {p.id: done for p, done in episodes.take_next(2, "again")} == first
+    assert [r.prompt_ids for r in pool.asked] == [both[i].token_ids for i in (0, 1, 1)]
+
+
 def test_generate_leaves_alone_what_else_is_under_way():
     """Requests are answered last first, so that what was submitted before is still there, then done, then taken."""
     pool = FakePool()

@@ -39,10 +39,16 @@ class _Answers:
         self._random, self.version, self._open = random.Random(seed), 0, deque()
         self.most = self.drawn = 0
 
-    def submit(self, prompts: list[Prompt], sampling: Sampling, tag: str) -> None:
+    def submit(self, prompts: list[Prompt], sampling: Sampling, tag: str, ready: dict[str, Any]) -> None:
         for p in prompts:
-            self._open.append([p, self._random.randrange(8), self.version])
+            sampled = p.id not in ready
+            self._open.append(
+                [p, self._random.randrange(8), self.version] if sampled else [p, 0, ready[p.id][0].weight_version]
+            )
         self.most, self.drawn = max(self.most, len(self._open)), self.drawn + len(prompts)
+
+    def ended(self, tag: str) -> list[tuple[str, Any]]:
+        return [(p.id, (Completion("", (1,), (0.0,), "stop", v),) * 2) for p, polls, v in self._open if polls <= 0]
 
     def poll(self, seconds: float) -> None:
         for entry in self._open:
@@ -107,6 +113,32 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(ahead: int
     assert stalest == ahead or (algorithm == "dapo" and stalest <= ahead)
     assert answers.most <= 4 * (ahead + 1), "nothing queues up"
     assert answers.drawn == len(used), "nothing is drawn that no step uses"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_waited_when_the_run_stopped_is_trained_on_and_not_sampled_again(seed: int):
+    tree = {"model": {"path": "m"}, "data": {"train": "a.json", "eval": "a.json"}}
+    config = parse_config(tree | {"async": {"max_staleness": 2}, "batch": {"prompts": 4, "num_generations": 2}})
+    answers, used, kept = _Answers(seed), [], 0
+    workplace: Any = SimpleNamespace(answers=answers)
+    source = Overlapped(config, workplace, PromptSource(PROMPTS, 0), STEPS)
+    for version in range(STEPS):
+        waiting, position = dict(source.waiting()), source.position
+        if version % 3 == 2:  # the run ends here, and is resumed
+            workplace.answers = answers = _Answers(seed + version)
+            answers.version = version
+            source = Overlapped(config, workplace, PromptSource(PROMPTS, 0, position), STEPS - version, waiting)
+            assert source.position == position
+        for group in source.next(version + 1, StepClock()).groups:
+            used.append(group.prompt.id)
+            if version % 3 == 2 and group.prompt.id in waiting:
+                kept += 1
+                assert group.completions == waiting[group.prompt.id]
+        source.during(_Training(polls=random.Random(seed + version).randrange(20)))
+        answers.version += 1
+        source.synced()
+    assert used == [p.id for p in PromptSource(PROMPTS, 0).take(len(used))]
+    assert kept
 
 
 def test_staleness_is_counted_by_token():

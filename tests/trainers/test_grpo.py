@@ -20,6 +20,7 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import read_metrics
 from trainers import setup
 from trainers.grpo import train
+from trainers.stopping import Stopped
 
 METRICS = {
     *("step", "reward/mean", "reward/zero_variance_groups", "policy/clip_fraction", "policy/rollout_kl"),
@@ -116,44 +117,84 @@ def inline(tree: dict, directory: Path, **changes: Any) -> dict:
     return {**tree, **small, "run": {"dir": str(directory)}, **changes}
 
 
-def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path):
+def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A resumed run must equal one that was never interrupted, in every metric and every weight."""
-    checkpoint = {"every": 2, "keep_last": 5}
-    whole = train(parse_config(inline(learnable, tmp_path / "whole", steps=4, checkpoint=checkpoint)), name="whole")
+    checkpoint = {"every": 3, "keep_last": 5}
+    sync = {"anchor_every": 3}
+    same = {"steps": 6, "checkpoint": checkpoint, "sync": sync}
+    whole = train(parse_config(inline(learnable, tmp_path / "whole", **same)), name="whole")
 
-    tree = inline(learnable, tmp_path / "parts", steps=4, checkpoint=checkpoint)
-    interrupted = _Interrupt(at=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.grpo.assemble", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(parse_config(tree), name="parts")
+    tree = inline(learnable, tmp_path / "parts", **same)
+    ends: list[tuple[int, type[BaseException]]] = [(5, KeyboardInterrupt), (1, Stopped), (1, Stopped)]
+    for resumed, (at, ended) in enumerate(ends):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trainers.grpo.assemble", _Interrupt(at, ended))
+            with pytest.raises(ended) as reason:
+                train(parse_config(tree), name="parts", resume=bool(resumed))
+        if ended is Stopped:  # the step is done to its end, and saved though it is not its turn
+            assert str(reason.value) == f"after step {3 + resumed} of 6, which is saved"
     parts = train(parse_config(tree), name="parts", resume=True)
 
     rows, expected = read_metrics(parts.metrics), read_metrics(whole.metrics)
-    check_rows(rows, 4)
+    check_rows(rows, 6)
     assert timeless(rows) == timeless(expected)
-    weights, reference = (load_file(run.checkpoints / "step_000004/weights.safetensors") for run in (parts, whole))
+    assert {row["sync/anchor"] for row in rows} == {0.0, 1.0}
+    weights, reference = (load_file(run.checkpoints / "step_000006/weights.safetensors") for run in (parts, whole))
     assert all(torch.equal(weights[name], reference[name]) for name in reference)
 
-    with pytest.raises(ConfigError, match=r"started with other settings \(seed: 0 -> 1\)"):
+    with pytest.raises(ConfigError, match=r"started with other settings[^\n]*\n  seed: 0 -> 1"):
         train(parse_config({**tree, "seed": 1}), name="parts", resume=True)
     with pytest.raises(ConfigError, match="holds a run already"):
         train(parse_config(tree), name="parts")
+    plan = json.loads(parts.plan.read_text())
+    edited = {**plan, "modules": [{**plan["modules"][0], "treatment": "frozen", "rank": None}, *plan["modules"][1:]]}
+    parts.plan.write_text(json.dumps(edited))
+    with pytest.raises(ConfigError, match=rf"was changed since step_000006[^\n]*\n  {plan['modules'][0]['name']}: \w+"):
+        train(parse_config(tree), name="parts", resume=True)
+    parts.plan.write_text(json.dumps(plan))
+
+    # More steps, other places: what may change is changed, and written down. A damaged checkpoint is passed over.
+    damaged = parts.checkpoints / "step_000006/learner/rank_00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    more = {**tree, "steps": 7, "learner": {"world_size": 1, "zero_stage": 3}}
+    train(parse_config(more), name="parts", resume=True)
+    rows = read_metrics(parts.metrics)
+    check_rows(rows, 7)
+    assert [row["faults/damaged_checkpoints"] for row in rows] == [0] * 5 + [1, 0]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert f"{damaged.resolve()} is not what was written; going back to step_000005" in said
+    assert "learner.zero_stage: 2 -> 3" in said
+    assert "zero_stage: 3" in parts.config.read_text()
+    assert "zero_stage: 2" in (parts.path / "config.1.yaml").read_text()
 
 
 class _Interrupt:
-    """Stands in for `assemble`; the `at`-th step of training is interrupted."""
+    """Stands in for `assemble`; the `at`-th step of training is interrupted, or the run asked to stop there."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, how: type[BaseException]) -> None:
         from hybrid_rl.learner.assemble import assemble
 
-        self._assemble, self._left = assemble, at
+        self._assemble, self._left, self._how = assemble, at, how
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         self._left -= 1
         if not self._left:
-            raise KeyboardInterrupt
+            if self._how is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return self._assemble(*arguments, **named)
+
+
+def test_a_run_that_is_stopped_before_its_first_step_begins_again(learnable: dict, tmp_path: Path):
+    config = parse_config(inline(learnable, tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.step.InTurn.next", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="before its first step"):
+            train(config, name="run")
+    with pytest.raises(ConfigError, match="has no finished checkpoint to resume from"):
+        train(config, name="run", resume=True)
+    for _ in range(2):  # begun again, then gone on with, though nothing is left to do
+        check_rows(read_metrics(train(config, name="run", resume="auto").metrics), 2)
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])

@@ -122,7 +122,8 @@ def test_what_trains_in_bf16_starts_at_the_exported_values(
     def saved(learner: Any, plan: Any, start: Any = None) -> None:
         build(learner, plan, start)
         if start is not None:
-            learner.save(str(tmp_path / "at_start"))
+            learner.begin_save(str(tmp_path / "at_start"))
+            learner.saved(wait=True)
 
     monkeypatch.setattr(LearnerGroup, "build", saved)
     model = {**recipe["model"], "dtype": "bfloat16"}

@@ -1,0 +1,56 @@
+"""A run that is asked to end (SIGTERM: a spot machine, a scheduler) keeps what it has learnt."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has ended."""
+
+
+class StopSignal:
+    """Inside, SIGTERM raises `Stopped` in the main thread: at once, or after what must not be left half done."""
+
+    def __init__(self) -> None:
+        self._asked, self._held = False, False
+        self._before: Any = None
+
+    def __enter__(self) -> StopSignal:
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signal; again after somebody else has (Ray does as it starts)."""
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            before = signal.signal(signal.SIGTERM, self._receive)
+            self._before = self._before or before
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is inside is done to its end first."""
+        self._held = True
+        yield
+        self._held = False
+        if self._asked:
+            self._leave()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if not self._held:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._held = True  # a second signal does not disturb the saving
+        raise Stopped
