@@ -47,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--checkpoint", metavar="STEPDIR", help="which checkpoint; the last by default")
     continued = _command(commands, "import", "train on from an export or a PEFT adapter", _import, "DIR")
     continued.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of settings")
+    report = commands.add_parser("report", help="make one HTML file of a run, done or not")
+    report.add_argument("directory", metavar="RUN", help="directory of a run")
+    report.add_argument("--out", metavar="FILE", help="where it goes; RUN/report.html by default")
+    report.set_defaults(run=_report)
+    dashboard = commands.add_parser("dashboard", help="make a dashboard of the metrics: in wandb, or as Grafana's JSON")
+    where = dashboard.add_mutually_exclusive_group(required=True)
+    where.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save it as a workspace there; needs wandb-workspaces")
+    where.add_argument("--grafana", metavar="FILE", help="write JSON to import, for the metrics of tracking.prometheus")
+    dashboard.set_defaults(run=_dashboard)
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
     _reward_commands(commands)
     options, rest = parser.parse_known_args(arguments)
@@ -274,6 +283,20 @@ def _import(config: Config, options: argparse.Namespace) -> int:
     replaced = "model" if config.plan.start is None else "plan and values, in place of adaptation and plan.*"
     print(f"training goes on from {options.directory}: its {replaced}, with a new optimizer")
     train(config, name=Path(options.config).stem)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from hybrid_rl.report import write_report
+
+    print(write_report(Path(options.directory), Path(options.out) if options.out else None))
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from hybrid_rl.tracking.dashboard import save_wandb_workspace, write_grafana
+
+    print(save_wandb_workspace(options.wandb) if options.wandb else write_grafana(Path(options.grafana)))
     return 0
 
 

@@ -14,17 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from hybrid_rl.placement import COMPONENTS
-from hybrid_rl.plan import AdaptationPlan, PlannedModule
+from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.plan_grid import kind_of, kinds_of, layer_count, plotted, routing_shares, score_places
 from hybrid_rl.run_directory import RunDirectory, read_metrics
-from hybrid_rl.treatments import expert_names
 
 _COLOURS = {"accuracy": "#1b6ca8", "sampled": "#e07a1f", "reward": "#9aa5ad"}
 
 
 def draw_plan(plan: AdaptationPlan, path: Path) -> None:
     """Heat map of the plan: layer by module kind, coloured by score; where the weight is trained, outlined."""
-    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(_kinds(plan)), 2.4 + min(0.42 * _layers(plan), 9.0)))
+    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(kinds_of(plan)), 2.4 + min(0.42 * layer_count(plan), 9.0)))
     _plot_plan(axes, plan)
     _save(figure, path)
 
@@ -32,7 +31,7 @@ def draw_plan(plan: AdaptationPlan, path: Path) -> None:
 def draw_curve(run: RunDirectory, plan: AdaptationPlan, before: Mapping[str, float]) -> None:
     """The learning curve beside the plan."""
     rows = read_metrics(run.metrics)
-    width = 3.2 + 0.55 * len(_kinds(plan))
+    width = 3.2 + 0.55 * len(kinds_of(plan))
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.4 + width, 4.2), width_ratios=[6.4, width])
     left.plot(
         [r["step"] for r in rows], [r["reward/mean"] for r in rows], color=_COLOURS["reward"], label="training reward"
@@ -76,18 +75,18 @@ def draw_ranks(
 def draw_routing(run: RunDirectory, plan: AdaptationPlan) -> None:
     """Of MoLF: the share of updates that stepped each expert, by module and layer."""
     shares, steps = routing_shares(run, plan)
-    modules = [m for m in _plotted(plan) if m.name in shares]
+    modules = [m for m in plotted(plan) if m.name in shares]
     if not modules:
         return
     names = sorted(
         {name for m in modules for name in shares[m.name]}, key=lambda name: (name != "weight", len(name), name)
     )
-    kinds = [kind for kind in _kinds(plan) if any(_kind(m) == kind for m in modules)]
+    kinds = [kind for kind in kinds_of(plan) if any(kind_of(m) == kind for m in modules)]
     figure, panels = plt.subplots(1, len(names), figsize=(1.5 + 4.2 * len(names), 4.4), sharey=True, squeeze=False)
     for name, axes in zip(names, panels[0], strict=True):
-        grid = [[float("nan")] * len(kinds) for _ in range(_layers(plan))]
+        grid = [[float("nan")] * len(kinds) for _ in range(layer_count(plan))]
         for m in modules:
-            grid[m.layer or 0][kinds.index(_kind(m))] = shares[m.name].get(name, float("nan"))
+            grid[m.layer or 0][kinds.index(kind_of(m))] = shares[m.name].get(name, float("nan"))
         axes.set_facecolor("#eceff1")
         image = axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
         axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
@@ -99,64 +98,25 @@ def draw_routing(run: RunDirectory, plan: AdaptationPlan) -> None:
     plt.close(figure)
 
 
-def routing_shares(run: RunDirectory, plan: AdaptationPlan) -> tuple[dict[str, dict[str, float]], int]:
-    """By module with experts, the share of a run's updates that stepped each of them, by name; and the number of
-    steps."""
-    rows = run.read_routing().values()
-    updates = sum(made for made, _ in rows)
-    shares: dict[str, dict[str, float]] = {}
-    for m in plan.modules:
-        if counts := [stepped[m.name] for _, stepped in rows if m.name in stepped]:
-            names = expert_names(len(counts[0]), weight=m.trains_weight)
-            shares[m.name] = {name: sum(c) / updates for name, c in zip(names, zip(*counts, strict=True), strict=True)}
-    return shares, len(rows)
-
-
 def _plot_plan(axes: Axes, plan: AdaptationPlan) -> None:
-    """Scores are coloured by rank: their values span orders of magnitude."""
-    kinds, modules = _kinds(plan), _plotted(plan)
-    scores = sorted({m.score for m in modules if m.score is not None})
-    place = {score: i / max(1, len(scores) - 1) for i, score in enumerate(scores)}
-    grid = [[float("nan")] * len(kinds) for _ in range(_layers(plan))]
+    """Scores are coloured by rank."""
+    kinds, modules = kinds_of(plan), plotted(plan)
+    place = score_places(plan)
+    grid = [[float("nan")] * len(kinds) for _ in range(layer_count(plan))]
     for m in modules:
-        grid[m.layer or 0][kinds.index(_kind(m))] = place[m.score] if m.score is not None else 0.0
+        grid[m.layer or 0][kinds.index(kind_of(m))] = place[m.score] if m.score is not None else 0.0
     axes.set_facecolor("#eceff1")  # where a layer has no such module
     axes.imshow(grid, aspect="auto", cmap="Blues", origin="lower", vmin=0, vmax=1)
     for m in modules:
         if m.trains_weight:
-            corner = (kinds.index(_kind(m)) - 0.46, (m.layer or 0) - 0.46)
+            corner = (kinds.index(kind_of(m)) - 0.46, (m.layer or 0) - 0.46)
             axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=2.0))
         if m.treatment == "frozen":
-            axes.text(kinds.index(_kind(m)), m.layer or 0, "x", ha="center", va="center", color="#667077", fontsize=7)
+            axes.text(kinds.index(kind_of(m)), m.layer or 0, "x", ha="center", va="center", color="#667077", fontsize=7)
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=14))
     frozen = ", frozen (x)" if any(m.treatment == "frozen" for m in modules) else ""
     axes.set(ylabel="layer", title=f"Plan: rank of score (blue), weight trained (outlined){frozen}")
-
-
-def _plotted(plan: AdaptationPlan) -> list[PlannedModule]:
-    """The modules that have a place in a layer."""
-    return [m for m in plan.modules if m.layer is not None]
-
-
-def _kind(module: PlannedModule) -> str:
-    """The name within the layer, as short as tells what it is: `self_attn.q_proj`."""
-    _, _, inside = module.name.partition(f".{module.layer}.")
-    parts = inside.split(".")
-    shown = (
-        2 if not parts[-1].isdigit() else 1 + next(i for i, part in enumerate(reversed(parts)) if not part.isdigit())
-    )
-    return ".".join(parts[-shown:])
-
-
-def _kinds(plan: AdaptationPlan) -> list[str]:
-    order = {component: i for i, component in enumerate(COMPONENTS)}
-    modules = sorted(_plotted(plan), key=lambda m: (order.get(m.component, 99), m.layer or 0, m.name))
-    return list(dict.fromkeys(_kind(m) for m in modules))
-
-
-def _layers(plan: AdaptationPlan) -> int:
-    return 1 + max((m.layer or 0 for m in _plotted(plan)), default=0)
 
 
 def _save(figure: Figure, path: Path) -> None:

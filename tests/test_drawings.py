@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_rl import drawings
-from hybrid_rl.drawings import draw_plan, draw_routing, routing_shares
+from hybrid_rl.drawings import draw_plan, draw_routing
 from hybrid_rl.learner.engine import Update
 from hybrid_rl.learner.update import _stepped, _update_metrics
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.plan_difference import compare_plans
+from hybrid_rl.plan_grid import routing_shares
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.tables import difference_table, plan_table, totals_table
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 
 from hybrid_rl.checkpoint import Checkpoints, TrainerState, Waiting
@@ -47,7 +48,7 @@ class Recorder:
         self._done, self._before = done, done.wall_seconds - started
         self._checkpoints = Checkpoints(run.checkpoints, config.checkpoint, workplace.learner)
         self._checkpoints.last = done.step if resumption else None
-        self._damaged, self._failed = resumption.damaged if resumption else 0, 0
+        self._damaged, self._unwritten = resumption.damaged if resumption else 0, 0
         self._faults: Mapping[str, int] = {}
         self._ranks = done.row.get("adalora/budget", sum(m.rank or 0 for m in plan.named("adalora")))
         """That AdaLoRA's schedule has left after the latest update."""
@@ -75,12 +76,9 @@ class Recorder:
         row |= {f"faults/reward_{kind}": count for kind, count in rollouts.faults.items()}
         row["reward/resampled_groups"] = rollouts.resampled
         row["faults/damaged_checkpoints"], self._damaged = self._damaged, 0
-        faults = self._pool_faults()
-        row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()}
-        self._faults = faults
-        run.write_rollouts(step, rollouts.groups, data.advantages)
+        self._keep(run.rollouts_of(step), lambda: run.write_rollouts(step, rollouts.groups, data.advantages))
         if stats.stepped:
-            run.write_routing(step, stats.applied, stats.stepped)
+            self._keep(run.routing, lambda: run.write_routing(step, stats.applied, stats.stepped))
         self._ranks = stats.metrics.get("adalora/budget", self._ranks)
         if step == config.steps:
             self._warn_of_ranks()
@@ -90,6 +88,9 @@ class Recorder:
             row |= self.last_eval
         with clock.time("checkpoint"):
             self._checkpoints.poll()
+            faults = self._faults_so_far()
+            row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()} | self._log.faults()
+            self._faults = faults
             self._done = replace(
                 self._done,
                 step=step,
@@ -101,9 +102,7 @@ class Recorder:
             )
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._checkpoints.begin(self._done, self._plan, source.waiting())
-        row |= {"faults/failed_checkpoints": self._checkpoints.failed - self._failed} | clock.row()
-        self._failed = self._checkpoints.failed
-        row |= self._log.faults()
+        row |= clock.row()
         alerts = self._log.write(row, {"policy/advantages": [a for group in data.advantages for a in group]})
         self._screen.show_step(row, alerts)
         if step == config.steps:
@@ -153,7 +152,17 @@ class Recorder:
                 self._checkpoints.finish()
         self._log.close()
 
-    def _pool_faults(self) -> dict[str, int]:
+    def _keep(self, path: Path, write: Callable[[], None]) -> None:
+        """Write a file that training can do without."""
+        try:
+            write()
+        except OSError as error:
+            self._unwritten += 1
+            logger.error("%s could not be written: %s; training goes on", path, error)
+
+    def _faults_so_far(self) -> dict[str, int]:
         pool, episodes = self._workplace.pool, self._workplace.episodes
         faults = {"engine_restarts": pool.restarts, "engine_backups": pool.backups, **episodes.faults}
+        faults |= {"failed_checkpoints": self._checkpoints.failed}
+        faults |= {"unwritten_files": self._unwritten + self._log.unwritten}
         return {"sync/repaired_engines": pool.repairs} | {f"faults/{name}": n for name, n in faults.items()}

@@ -26,6 +26,7 @@ from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
+from hybrid_rl.redaction import check_complete
 from hybrid_rl.reward import RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
@@ -115,6 +116,7 @@ def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
 
     `plan`: a resumed run's own, with which nothing is looked up in `plan.path` or `plan.start`.
     """
+    check_complete(config.model_dump())
     _check_algorithm(config)
     task, model = _read_input(config)
     plan, start = _check_plans(config, model, task.anatomy, plan)

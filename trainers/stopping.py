@@ -53,4 +53,4 @@ class StopSignal:
 
     def _leave(self) -> None:
         self._held = True  # a second signal does not disturb the saving
-        raise Stopped
+        raise Stopped("before its first step")

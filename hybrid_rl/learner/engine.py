@@ -230,9 +230,9 @@ class TrainingEngine:
 
     def _named_fragments(self) -> Iterator[tuple[str, Fragment]]:
         """What this rank holds of each trained parameter."""
-        for name, parameter in self._adapted.trained.items():
-            if parameter in self._fragments_held:
-                yield name, self._fragments_held[parameter]
+        names = {parameter: name for name, parameter in self._adapted.model.named_parameters()}
+        for parameter, fragment in self._fragments_held.items():
+            yield names[parameter], fragment
 
     def _molf_adam(self, settings: Mapping[str, Any]) -> MolfAdamW:
         learner, molf = self._config.learner, self._config.molf
