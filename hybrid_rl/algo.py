@@ -54,7 +54,9 @@ class AlgoConfig(Settings):
     mismatch_level: Literal["token", "sequence", "geometric"] = "token"
     """Ratio of each token; of the sequence, as the product of its tokens'; or as their geometric mean."""
     mismatch_min: NotNegative = 0.0
+    """Lower bound of that ratio."""
     mismatch_max: Positive = 2.0
+    """Upper bound of it."""
     off_policy_mask: Positive | None = None
     """Leave out sequences of negative advantage whose
     mean log(old / new probability) is above this. Off by default."""

@@ -108,6 +108,7 @@ class FullConfig(Settings):
     lr: Positive = 1e-6
     """Learning rate of the fully fine-tuned matrices."""
     weight_decay: NotNegative = 0.0
+    """AdamW's, of this group."""
     max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -122,6 +123,7 @@ class LoraConfig(Settings):
     lr: Positive | None = None
     """Learning rate of the adapters; 10 x `full.lr` by default, of `molf` `full.lr`."""
     rank: PositiveInt = 16
+    """Rank of an adapter."""
     alpha: Positive | None = None
     """Scaling numerator: an adapter counts alpha / rank times, with `rslora` and MoLF alpha / sqrt(rank) times. By
     default it counts twice, with `randlora` 20 times."""
@@ -129,6 +131,7 @@ class LoraConfig(Settings):
     """Pattern of module names -> rank where it is not `lora.rank`; the last match counts. alpha / rank stays, where
     it is divided by a root alpha does."""
     weight_decay: NotNegative = 0.0
+    """AdamW's, of this group."""
     max_grad_norm: Positive = 1.0
     """Clip of this group's gradient norm, on its own."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
