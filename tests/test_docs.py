@@ -91,6 +91,15 @@ def test_files_exist(page: Path):
             assert list(ROOT.glob(path.rstrip("/"))), path
 
 
+def test_the_table_of_rooms_has_every_module():
+    spans = set(code_spans(ROOT / "README.md"))
+    for room in (ROOT / "hybrid_rl", ROOT / "trainers"):
+        for path in room.iterdir():
+            name = f"{path.name}/" if path.is_dir() else path.name
+            if (path.suffix == ".py" or (path / "__init__.py").exists()) and not name.startswith("_"):
+                assert spans & {name, f"{room.name}/{name}"}, name
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=by_name)
 def test_commands_in_the_text_exist(page: Path):
     for span in code_spans(page):
