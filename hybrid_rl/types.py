@@ -7,6 +7,7 @@ suffixes: P prompts, G completions of one prompt, N completions of a batch, T to
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -226,6 +227,19 @@ class Resources:
 class WorkerDied(Exception):
     """A worker process is gone or does not answer; the call it was serving did not complete."""
 
+    def __init__(self, message: str, worker: str = "", lines: Sequence[str] = ()) -> None:
+        """`lines`: the last that the process printed."""
+        super().__init__(message)
+        self.worker, self.lines = worker, tuple(lines)
+
+
+class InWorker(Exception):
+    """The cause (`__cause__`) of an exception that a worker raised: where it did."""
+
+    def __init__(self, worker: str, traceback: str) -> None:
+        super().__init__(f"in {worker}:\n{traceback}")
+        self.worker, self.traceback = worker, traceback
+
 
 class RewardFailed(RuntimeError):
     """A reward that does not answer, or one that must not fail and did."""
@@ -269,19 +283,58 @@ def gather(pending: Sequence[Pending], timeout: float | None = None, since: floa
     """All results, in order. Raises `WorkerDied` if one is not there `timeout` seconds after `since`
     (`time.monotonic`), or after now.
 
-    The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed.
+    The first failure is raised as soon as it happens: the other workers may be waiting for the one that failed. Where
+    it `follows` from another worker's, that one is waited for and raised.
     """
     until = math.inf if timeout is None else timeout + (time.monotonic() if since is None else since)
     results: dict[int, Any] = {}
     while waiting := [i for i in range(len(pending)) if i not in results]:
         wait_any([pending[i] for i in waiting], _POLL_SECONDS)
-        results |= {i: pending[i].result() for i in waiting if pending[i].ready(0)}
+        for i in waiting:
+            if pending[i].ready(0):
+                try:
+                    results[i] = pending[i].result()
+                except Exception as failure:
+                    others = [pending[j] for j in waiting if j != i and j not in results]
+                    cause = _first_cause(failure, others)
+                    raise cause from cause.__cause__
         late = [pending[i].name for i in waiting if i not in results]
         if late and time.monotonic() > until:
-            raise WorkerDied(f"{' and '.join(late)} did not answer within {timeout:g} s")
+            raise WorkerDied(f"{' and '.join(late)} did not answer within {timeout:g} s", late[0])
     return [results[i] for i in range(len(pending))]
 
 
+def follows(failure: BaseException) -> bool:
+    """Whether it says no more than that another worker was lost."""
+    said = [str(failure), *(failure.lines if isinstance(failure, WorkerDied) else ())]
+    return _LOST_PEER.search("\n".join(said)) is not None
+
+
+_LOST_PEER = re.compile(
+    r"(closed|reset) by (peer|remote)|remote process exited|ncclRemoteError|ncclSystemError|ncclInternalError|"
+    r"Socket (Timeout|Closed)|Broken pipe|Connection (refused|was closed|closed)|gloo.*(error|timed? ?out|Timeout)|"
+    r"Watchdog caught collective|recvValue failed|got 0 bytes|[Ww]ait timeout after|Timed out after \d+ms",
+)
+"""What torch, gloo and NCCL say at one end of a connection whose other end is gone."""
+
+
+def _first_cause(failure: Exception, others: list[Pending]) -> Exception:
+    """`failure`, or of what happens to the other workers meanwhile, what it follows from."""
+    until = time.monotonic() + _NOTICE_SECONDS
+    while follows(failure) and others and time.monotonic() < until:
+        wait_any(others, _POLL_SECONDS)
+        for other in [each for each in others if each.ready(0)]:
+            others.remove(other)
+            try:
+                other.result()
+            except Exception as another:
+                if not follows(another):
+                    return another
+    return failure
+
+
+_NOTICE_SECONDS = 30.0
+"""Longest that a lost process or machine takes to be noticed, after those connected to it have noticed."""
 _POLL_SECONDS = 0.5
 _TURN_SECONDS = 0.005
 """Longest that one of several is waited for before the others are looked at."""

@@ -116,7 +116,7 @@ class _Later:
         except FutureTimeout:
             if self._future.done():  # its own
                 raise
-            raise WorkerDied(f"{self.name} did not answer within {timeout:g} s") from None
+            raise WorkerDied(f"{self.name} did not answer within {timeout:g} s", self.name) from None
 
     def ready(self, timeout: float) -> bool:
         return bool(wait([self._future], timeout).done)

@@ -51,7 +51,7 @@ class RewardPool:
         """`chat`: completions and prompts are handed to the plugins as chat messages, as TRL does."""
         self.specs = list(specs)
         self._settings, self._chat, self._nodes = settings, chat, nodes
-        self._names = nodes.nodes()
+        self._names = list(nodes.nodes())
         self._hosts = {node: self._start(node) for node in self._names}
         self._under_way = dict.fromkeys(self._hosts, 0)
         self._restarts = 0
@@ -109,9 +109,12 @@ class RewardPool:
     def _start(self, node: str) -> WorkerHandle:
         specs = [spec.model_copy(update={"plugin": absolute(spec.plugin)}) for spec in self.specs]
         workers = self._settings.workers
+        if node not in self._names:
+            self._names.append(node)
+        name = f"rewards-{self._names.index(node)}"
         # One more than work: `check` and `close` need not wait.
         return self._nodes.start_on(
-            node, RewardHost, specs, self._settings, [os.getcwd()], name=f"rewards on {node}", at_once=workers + 1
+            node, RewardHost, specs, self._settings, [os.getcwd()], name=name, at_once=workers + 1
         )
 
     def _judge(
@@ -168,11 +171,11 @@ class RewardPool:
                 return
             self._restarts += 1
             if self._restarts > _MAX_RESTARTS * len(self._names):
-                raise RewardFailed(f"the reward processes died too often; the last time: {death}") from None
+                raise RewardFailed(f"the reward processes died too often; the last time: {death}") from death
             there = self._nodes.nodes()
             logger.warning("%s: starting reward processes anew", death)
             if not there:
-                raise RuntimeError(f"no node is left to start reward processes on; the last one: {death}") from None
+                raise RuntimeError(f"no node is left to start reward processes on; the last one: {death}") from death
             if node in there or len(self._hosts) == 1:
                 if node not in there:
                     node = there[0]

@@ -283,7 +283,7 @@ class RolloutPool:
         try:
             slot.pending = slot.engine.submit(method, *args)
         except WorkerDied as death:
-            self._replace(slot, str(death))
+            self._replace(slot, death)
         except _MENDABLE as failure:  # workers in this process answer at once
             self._mend(slot, doing, failure)
 
@@ -297,7 +297,7 @@ class RolloutPool:
             if slot.pending is not None and slot.pending.ready(0):
                 self._take(slot)
             elif _now() > slot.deadline:
-                self._replace(slot, f"no answer for {slot.limit:g} s")
+                self._replace(slot, WorkerDied(f"no answer for {slot.limit:g} s", slot.engine.name))
 
     def _take(self, slot: _Slot) -> None:
         """Take a slot's answer, and do what follows from it."""
@@ -306,12 +306,12 @@ class RolloutPool:
         try:
             answer = pending.result(0)
         except WorkerDied as death:
-            return self._replace(slot, str(death))
+            return self._replace(slot, death)
         except _MENDABLE as failure:
             return self._mend(slot, slot.doing, failure)
         except RuntimeError as failure:
             if slot.doing == "start" and slot.replaces:  # another may start, say when the last one's memory is free
-                return self._replace(slot, str(failure))
+                return self._replace(slot, failure)
             raise
         if slot.doing == "start":
             slot.doing = "catch up"
@@ -390,13 +390,13 @@ class RolloutPool:
                     other.fresh = [r for r in other.fresh if r.id != name]
                     other.cancelled.append(name)
 
-    def _replace(self, slot: _Slot, why: str) -> None:
+    def _replace(self, slot: _Slot, why: Exception) -> None:
         """Start another engine in its place; what it held is queued again, first."""
         if self.restarts == self._most_restarts:
             raise RuntimeError(
-                f"rollout engine {slot.index} failed ({why}) and rollout.max_restarts replacements are used up; "
-                "its log tells more, raise the setting if the cause is outside the run"
-            )
+                f"rollout engine {slot.index} failed ({why}) and rollout.max_restarts={self._most_restarts} "
+                "replacements are used up; raise the setting if the cause is outside the run"
+            ) from why
         logger.warning("rollout engine %d failed during %s (%s); replacing it", slot.index, slot.doing, why)
         self.restarts += 1
         elsewhere = {name for other in self._slots if other is not slot for name in other.holds}

@@ -288,10 +288,11 @@ class Collective(Transport):
 
 def open_store(address: str, port: int, *, serves: bool, timeout: float) -> TCPStore:
     """The store where processes meet. Who serves it listens on `address` alone; torch by itself listens everywhere.
+    The port may be one that `Cluster.endpoint` holds for this process.
 
     Raises `RuntimeError` if nothing listens there within `timeout` seconds.
     """
-    listener = socket.create_server((address, port)) if serves else None
+    listener = socket.create_server((address, port), reuse_port=True) if serves else None
     return TCPStore(
         address,
         port,

@@ -260,10 +260,10 @@ def test_processes_that_die_are_started_again_and_a_lost_node_is_done_without(mo
     pool, nodes = mortal
     expected = [(1.0,) * 3] * 4
     assert totals(pool.score(PROMPTS * 2, GROUPS * 2)) == expected
-    nodes.dead.add("rewards on one")
+    nodes.dead.add("rewards-0")
     assert totals(pool.score(PROMPTS * 2, GROUPS * 2)) == expected
     assert nodes.started == ["one", "two", "one"]
-    nodes.dead.add("rewards on one")
+    nodes.dead.add("rewards-0")
     nodes.names = ["two"]
     assert totals(pool.score(PROMPTS * 2, GROUPS * 2)) == expected
     assert nodes.started == ["one", "two", "one"]
@@ -271,7 +271,7 @@ def test_processes_that_die_are_started_again_and_a_lost_node_is_done_without(mo
 
 def test_rewards_without_a_node_end_the_run(mortal: tuple[RewardPool, Mortal]):
     pool, nodes = mortal
-    nodes.dead |= {"rewards on one", "rewards on two"}
+    nodes.dead |= {"rewards-0", "rewards-1"}
     nodes.names = []
     with pytest.raises(RuntimeError, match="no node is left to start reward processes on"):
         pool.score(PROMPTS, GROUPS)

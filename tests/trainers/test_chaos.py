@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def _command(config: Path, summary: Path) -> list[str]:
 
 def _strike(driver: int, draw: random.Random) -> str:
     """Kill a random worker, stop it for good, or kill the driver."""
-    workers = [p for p in _family(driver) if "ray::_Host" in " ".join(_cmdline(p))]
+    workers = [p for p in _family(driver) if re.match("ray::(learner|engine|rewards)", " ".join(_cmdline(p)))]
     if not workers:
         return "none"
     what = draw.choice(["kill a worker"] * 5 + ["stop a worker"] * 3 + ["kill the driver"])
