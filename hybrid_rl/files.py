@@ -18,6 +18,24 @@ def write_atomically(path: Path, text: str) -> None:
     sync_path(path.parent)
 
 
+class Lines:
+    """A file that lines are added to. What there is no room for is kept, and written before the next."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def add(self, line: str) -> None:
+        """Write a line, and bring it to the disk. Raises `OSError` if that fails."""
+        self._waiting += line.encode() + b"\n"
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def sync_tree(root: Path) -> None:
     """Bring everything below `root` to the disk."""
     for directory, _, names in os.walk(root):
