@@ -19,6 +19,11 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # Usage statistics are sent by those who ask for it.
 export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
 export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+# Who reaches a Ray cluster's ports can run programs there. A token is asked for, as Ray does by itself only on clusters of
+# one machine; all nodes need the same one (docs/cluster.md).
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+# For `ray start`, as hybrid_rl/cluster/ray.py sets it for a cluster of one machine: Ray's workers are the job itself.
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 
 if [[ $HYBRID_RL_DEVICE == cpu ]]; then
     # Engines, learner ranks and reward processes share the cores; OpenMP threads that wait for one another
