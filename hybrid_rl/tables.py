@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import Config
-from hybrid_rl.estimate import FP32, ITEM_SIZE, training_memory
+from hybrid_rl.estimate import FP32, ITEM_SIZE, planned_memory, training_memory
 from hybrid_rl.plan import AdaptationPlan, by, treatment_label
 from hybrid_rl.plan_difference import PlanDifference
 from hybrid_rl.scoring import sketch_floats
@@ -120,11 +120,10 @@ def draft_tables(
         parts["originals"] = "base policy for the KL"
     memory = Table("", "everything full", *plans)
     memory.title = f"Memory of training, all ranks together ({config.model.dtype})"
-    counts = [(whole, whole, whole)]
-    counts += [(p.totals["trainable_params"], p.weight_params, p.sent_params) for p in plans.values()]
-    dtype, keeps = config.model.dtype, config.algo.needs_reference
-    sides = [training_memory(anatomy, n, dtype, reference=k if keeps else 0, sent=s) for n, k, s in counts]
-    memory.add_row("trained parameters", *(f"{n:,}" for n, _, _ in counts))
+    kept = whole if config.algo.needs_reference else 0
+    sides = [training_memory(anatomy, whole, config.model.dtype, reference=kept, sent=whole)]
+    sides += [planned_memory(config, anatomy, plan) for plan in plans.values()]
+    memory.add_row("trained parameters", *(f"{side.masters // FP32:,}" for side in sides))
     for part, label in {**parts, "total": "total", "payload": "complete weight update"}.items():
         memory.add_row(label, *(_gib(getattr(side, part)) for side in sides))
     memory.caption = (

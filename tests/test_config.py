@@ -143,7 +143,7 @@ def test_overrides_replace_the_file(tmp_path: Path):
     )
     assert (config.full.lr, config.batch.prompts, config.rollout.engine) == (2e-4, 64, "transformers")
     assert config.sampling.stop == ["\n"]
-    with pytest.raises(ConfigError, match=r"sampling\.stop\.0=''"):
+    with pytest.raises(ConfigError, match=r"sampling\.stop\[0\]=''"):
         load_config(path, ['sampling.stop=[""]'])
 
 

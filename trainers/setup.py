@@ -26,7 +26,6 @@ from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, probe_plan, select_candidates
-from hybrid_rl.redaction import check_complete
 from hybrid_rl.reward import RewardPool
 from hybrid_rl.rollout import LARGEST_ADAPTER_RANK, EngineSettings, Episodes, RolloutPool
 from hybrid_rl.rollout.environment import Environment
@@ -116,7 +115,6 @@ def check_task(config: Config, plan: AdaptationPlan | None = None) -> Task:
 
     `plan`: a resumed run's own, with which nothing is looked up in `plan.path` or `plan.start`.
     """
-    check_complete(config.model_dump())
     _check_algorithm(config)
     task, model = _read_input(config)
     plan, start = _check_plans(config, model, task.anatomy, plan)
@@ -283,7 +281,7 @@ def open_workplace(config: Config, task: Task, *, rollouts: bool = True, learner
             first = [prompts[0] for prompts in (task.train, *task.eval.values())]
             workplace.rewards.check(sorted(set().union(*(prompt.columns for prompt in first))))
         workplace.transport = transport = cluster.transport(config)
-        cluster.reserve(_places(config, cluster, ranks, engines))
+        cluster.reserve(places(config, cluster.has_gpus, ranks, engines))
         workplace.pool = RolloutPool(
             lambda i: _start_engine(config, task, cluster, transport, _place_of_engine(config, ranks, i), i),
             engines,
@@ -415,14 +413,14 @@ def _check_sequence_parallel(config: Config, model: Any, anatomy: Anatomy) -> No
         )
 
 
-def _learner_resources(config: Config, cluster: Cluster) -> Resources:
-    gpus = config.learner.gpus if config.learner.gpus is not None else float(cluster.has_gpus)
+def _learner_resources(config: Config, has_gpus: bool) -> Resources:
+    gpus = config.learner.gpus if config.learner.gpus is not None else float(has_gpus)
     return Resources(config.learner.cpus, _shared(config, gpus))
 
 
-def _engine_resources(config: Config, cluster: Cluster) -> Resources:
+def _engine_resources(config: Config, has_gpus: bool) -> Resources:
     rollout = config.rollout
-    gpus = rollout.gpus if rollout.gpus is not None else float(rollout.tensor_parallel * cluster.has_gpus)
+    gpus = rollout.gpus if rollout.gpus is not None else float(rollout.tensor_parallel * has_gpus)
     return Resources(rollout.cpus, _shared(config, gpus))
 
 
@@ -430,9 +428,10 @@ def _shared(config: Config, gpus: float) -> float:
     return gpus / 2 if config.cluster.placement == "colocate" else gpus
 
 
-def _places(config: Config, cluster: Cluster, ranks: int, engines: int) -> list[Resources]:
-    """The learner's ranks, then the engines; where they are colocated, each engine with the rank of its number."""
-    learner, engine = _learner_resources(config, cluster), _engine_resources(config, cluster)
+def places(config: Config, has_gpus: bool, ranks: int, engines: int) -> list[Resources]:
+    """What workers reserve: the learner's ranks, then the engines; where they are colocated, each engine with the rank
+    of its number."""
+    learner, engine = _learner_resources(config, has_gpus), _engine_resources(config, has_gpus)
     if config.cluster.placement == "split":
         return [learner] * ranks + [engine] * engines
     both = Resources(learner.cpus + engine.cpus, learner.gpus + engine.gpus)
@@ -470,7 +469,7 @@ def _start_engine(
         tensor_parallel=config.rollout.tensor_parallel,
         sleeps=config.cluster.placement == "colocate",
     )
-    return cluster.start(place, Engine, settings, name=settings.name, takes=_engine_resources(config, cluster))
+    return cluster.start(place, Engine, settings, name=settings.name, takes=_engine_resources(config, cluster.has_gpus))
 
 
 def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> LearnerGroup:
@@ -479,7 +478,7 @@ def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> Le
     # Workers may start in another directory.
     model = config.model.model_copy(update={"path": _resolved(config.model.path)})
     config = config.model_copy(update={"model": model})
-    takes = _learner_resources(config, cluster)
+    takes = _learner_resources(config, cluster.has_gpus)
     workers = [
         cluster.start(rank, LearnerWorker, config, rank, transport, name=f"learner-{rank}", takes=takes)
         for rank in range(config.learner.world_size)

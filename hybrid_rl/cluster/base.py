@@ -49,14 +49,19 @@ class Cluster(Protocol):
     def close(self) -> None: ...
 
 
+def check_directory(config: Config) -> Path:
+    """`sync.directory`. Raises `ConfigError` if it cannot be written to."""
+    root = Path(config.sync.directory or "")
+    if not os.access(root, os.W_OK | os.X_OK) or not root.is_dir():
+        raise ConfigError(f"sync.directory={config.sync.directory!r} is no directory that can be written to; make it")
+    return root
+
+
 def make_transport(config: Config, cluster: Cluster, memory: Transport) -> Transport:
     """`Cluster.transport`; `memory` is what the cluster has as its `object_store`."""
     sync = config.sync
     if sync.transport == "directory":
-        root = Path(sync.directory or "")
-        if not os.access(root, os.W_OK | os.X_OK) or not root.is_dir():
-            raise ConfigError(f"sync.directory={sync.directory!r} is no directory that can be written to; make it")
-        return Directory(root, sync.timeout)
+        return Directory(check_directory(config), sync.timeout)
     if sync.transport == "nccl":
         if config.cluster.backend == "inline":
             raise ConfigError(

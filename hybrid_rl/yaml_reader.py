@@ -1,0 +1,148 @@
+"""YAML as settings are written in it: what JSON can say, of bounded size, and no secrets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from hybrid_rl.settings import ConfigError
+
+MOST_NODES, DEEPEST = 20_000, 32
+"""Values in a file, those behind an alias counted wherever it stands; and how far they may be nested."""
+
+
+class NotSettings(ValueError):
+    """The text is no YAML, or says what settings cannot be."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows null, truth values, numbers, text, lists and mappings: no dates, sets or bytes, and no Python objects."""
+
+    yaml_constructors = {  # noqa: RUF012 (pyyaml's own)
+        tag: function
+        for tag, function in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Refuses a key that is there twice, of which YAML would take the last, and keys that are no plain values."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        seen: dict[Any, Any] = {}
+        for key in own:
+            value = self.construct_object(key, deep=True)
+            if isinstance(value, list | dict):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or mapping cannot be a name", key.start_mark
+                )
+            if value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{short(value)} is given twice", key.start_mark)
+            seen[value] = key
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says. Raises `NotSettings` where it is none, or says what settings cannot be."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node)
+        value = loader.construct_document(node)
+        _check_numbers(value)
+        return value
+    except RecursionError:
+        raise NotSettings(f"it is nested more than {DEEPEST} levels deep") from None
+    except yaml.YAMLError as error:
+        raise NotSettings(str(error)) from None
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        # pyyaml's own, where a value is not of the kind that its tag says.
+        if isinstance(error, NotSettings):
+            raise
+        raise NotSettings(f"a value cannot be read ({type(error).__name__})") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _measure(root: yaml.Node) -> None:
+    """Count what comes of a document before it is made: a few aliases of aliases are a billion values."""
+    waiting, count = [(root, 1)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > DEEPEST:
+            raise NotSettings(f"it is nested more than {DEEPEST} levels deep, or within itself")
+        if count > MOST_NODES:
+            raise NotSettings(f"it comes to more than {MOST_NODES:,} values")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, depth + 1) for item in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [(item, depth + 1) for pair in node.value for item in pair]
+
+
+def _check_numbers(value: Any) -> None:
+    for _, leaf in _leaves(value, ()):
+        if isinstance(leaf, int) and abs(leaf) >= 2**63:
+            raise NotSettings("it holds a whole number of more than 64 bits")
+
+
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every value that is no list or mapping, and every name, with where it is."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield (*path, name), name
+            yield from _leaves(inner, (*path, name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, (*path, i))
+    else:
+        yield path, value
+
+
+def short(value: Any) -> str:
+    """A value as errors show it, on one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
+        text = f"<{type(value).__name__}>"
+    text = text if text.isprintable() else ascii(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+_PASSWORD_IN_URL = re.compile(r"://[^/\s@:]*:[^/\s@]+@|[?&](?:[\w-]*(?:key|token|secret)|password)=", re.IGNORECASE)
+_KNOWN_SECRET = re.compile(r"^(?:Bearer |sk-|hf_|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(?:^|_)(?:(?:api|access|secret|private|auth)_?key|password|passwd|secret|credentials?)$", re.IGNORECASE
+)
+_MAYBE_SECRET_NAME = re.compile(r"(?:^|_)(?:key|token)$", re.IGNORECASE)  # also of a dictionary, or of a text
+_OPAQUE = re.compile(r"(?=.*\d)[\w.+/=-]{16,}")
+
+
+def refuse_secrets(tree: Any) -> None:
+    """Settings are written into a run's directory, its reports and trackers: raises `ConfigError` for a password in a
+    URL, and for a key or token. Its value is not shown."""
+    for path, leaf in _leaves(tree, ()):
+        name = str(path[-1])[:60] if path else ""
+        if not isinstance(leaf, str) or not leaf:
+            continue
+        where = ".".join(str(part)[:60] for part in path)
+        if _PASSWORD_IN_URL.search(leaf):
+            raise ConfigError(
+                f"{where} holds a password or key in its URL; settings are written into the run, so give it by "
+                "environment variable and leave it out of the URL"
+            )
+        named = _SECRET_NAME.search(name) or (_MAYBE_SECRET_NAME.search(name) and _OPAQUE.fullmatch(leaf))
+        if leaf is not path[-1] and (named or _KNOWN_SECRET.match(leaf)):
+            raise ConfigError(
+                f"{where} holds a secret; settings are written into the run, so give it by environment variable: a "
+                "reward reads os.environ, or takes the variable's name (rewards.judge: api_key_env)"
+            )
