@@ -18,7 +18,7 @@ import yaml
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.files import write_atomically
 from hybrid_rl.machine import machine_facts
-from hybrid_rl.redaction import redacted, scrub
+from hybrid_rl.redaction import scrub
 from hybrid_rl.types import ScoredGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _may_change(name: str, config: Config) -> bool:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, without its secrets."""
-    return yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
+    return scrub(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -10,15 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.config_file import load_config
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_grid import routing_shares
-from hybrid_rl.redaction import redacted
 from hybrid_rl.report.svg import Series
-from hybrid_rl.run_directory import RunDirectory, read_metrics
+from hybrid_rl.run_directory import RunDirectory, dump_config, read_metrics
 from hybrid_rl.samples import read_rollouts, spread
 from hybrid_rl.tracking import NO_COUNTS, Alert, Alerts
 
@@ -39,7 +36,7 @@ class Contents:
     run: RunDirectory
     config: Config
     settings: str
-    """The resolved configuration, as YAML, without its secrets."""
+    """The resolved configuration, as YAML."""
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     plan: AdaptationPlan | None
@@ -104,7 +101,7 @@ def read_contents(directory: Path) -> Contents:
     return Contents(
         run=run,
         config=config,
-        settings=yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True),
+        settings=dump_config(config),
         rows=rows,
         summary=_read_json(run.summary),
         plan=plan,

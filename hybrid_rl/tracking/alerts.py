@@ -61,7 +61,7 @@ class Alerts:
             return None
         mean = sum(self._recent) / _WINDOW
         self._best = max(self._best, mean)
-        if mean >= (1 - self._limits.reward_drop) * self._best:
+        if self._best == 0 or mean >= (1 - self._limits.reward_drop) * self._best:
             return None
         return (
             f"reward/mean is {mean:.3g} over the last {_WINDOW} steps, and was {self._best:.3g} at its best; look at "

@@ -75,10 +75,6 @@ def _check_key() -> None:
 
 
 def _check_uri(uri: str) -> None:
-    if urlsplit(uri).password is not None:
-        raise ConfigError(
-            "tracking.mlflow must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
     if urlsplit(uri).scheme.startswith("sqlite") and importlib.util.find_spec("sqlalchemy") is None:
         raise ConfigError(f"tracking.mlflow={uri} needs more than mlflow-skinny; pip install sqlalchemy alembic")
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from hybrid_rl.config import Config
-from hybrid_rl.files import write_atomically
-from hybrid_rl.redaction import redacted
+from hybrid_rl.files import Lines, write_atomically
+from hybrid_rl.redaction import scrub
 from hybrid_rl.run_directory import RunDirectory, read_metrics
 from hybrid_rl.samples import read_rollouts, spread
 from hybrid_rl.tracking.alerts import Alert, Alerts
@@ -34,8 +33,9 @@ class MetricsLog:
         if last and (not kept or kept[-1]["step"] < last["step"]):
             kept.append(last)
         write_atomically(run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = run.metrics.open("a", encoding="utf-8")
+        self._file = Lines(run.metrics)
         self._run, self._config = run, config
+        self.unwritten = 0
         self._done = int(kept[-1]["step"]) if kept else 0
         self._alerts = Alerts(config)
         for row in kept:
@@ -44,7 +44,7 @@ class MetricsLog:
             Opening,
             run=run,
             config=config,
-            settings=redacted(config.model_dump(mode="json")),
+            settings=json.loads(scrub(config.model_dump_json(by_alias=True))),
             identity=run.identity(),
             told=int(before[-1]["step"]) if before else 0,
             first=self._done + 1,
@@ -55,11 +55,16 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, float], histograms: Mapping[str, Sequence[float]] = {}) -> list[Alert]:
         """`histograms` go to trackers alone; the file has their quantiles among the metrics. Returns what is alarming
-        from this step on, which is logged."""
+        from this step on, which is logged.
+
+        A row that there is no room for on the disk is written before the next one, and counted in `unwritten`.
+        """
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
-        self._file.write(json.dumps(numbers, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.add(json.dumps(numbers, allow_nan=False))
+        except OSError as error:
+            self.unwritten += 1
+            logger.error("step %d: %s could not be written to: %s", int(row["step"]), self._run.metrics, error)
         self._done = int(row["step"])
         self._tell(self._done, row, histograms)
         alerts = self._alerts.see(numbers)

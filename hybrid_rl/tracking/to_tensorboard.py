@@ -27,9 +27,11 @@ class _TensorBoard:
 
     def __init__(self, opening: Opening) -> None:
         run = opening.run
-        # Steps that are done again replace those that were written before.
+        # Steps that are done again replace those that were written before. A file is named after the second.
         purge = opening.first if opening.told else None
-        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(
+            str(run.path / "tensorboard"), purge_step=purge, filename_suffix=f".from-{opening.first}"
+        )
         if not opening.told:
             self._writer.add_text("config", _verbatim(json.dumps(opening.settings, indent=1)), 0)
             plan = np.asarray(Image.open(run.plan_image).convert("RGB"))

@@ -46,8 +46,9 @@ class _Wandb:
                 self._run = wandb.init(mode="online", resume="allow", **named)
             except (wandb.Error, OSError, TimeoutError) as error:
                 said = (str(error).splitlines() or [type(error).__name__])[0]
-                opening.failed(f"{said}; it is kept offline, for `wandb sync`")
-                mode = "offline"
+                sync = f"wandb sync --id {opening.identity} {run.path}/wandb/offline-run-*"
+                opening.failed(f"{said}; it is kept offline, to be uploaded by `{sync}`")
+                mode, named["id"] = "offline", f"{opening.identity}-offline"  # wandb still holds the other
         if mode == "offline":
             self._run = wandb.init(mode="offline", **named)
         # A server says itself how far it has come; it drops steps before that.

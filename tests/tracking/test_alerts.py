@@ -21,9 +21,17 @@ def said(tree: dict, name: str, values: Sequence[float | None], **limits: float 
     [
         ("reward/mean", [0.8] * 10 + [0.0] * 5, []),  # a mean over ten steps is still half
         ("reward/mean", [0.8] * 10 + [0.0] * 9, [(16, "reward collapse")]),
-        ("reward/mean", [0.8] * 10 + [0.0] * 9 + [0.8] * 10 + [0.0] * 9, [(16, "reward collapse"), (35, "reward collapse")]),
+        (
+            "reward/mean",
+            [0.8] * 10 + [0.0] * 9 + [0.8] * 10 + [0.0] * 9,
+            [(16, "reward collapse"), (35, "reward collapse")],
+        ),
         ("reward/mean", [-1.0] * 30, []),
-        ("policy/rollout_kl", [0.05, 0.2, 0.3, 0.05, 0.2], [(2, "engines and learner disagree"), (5, "engines and learner disagree")]),
+        (
+            "policy/rollout_kl",
+            [0.05, 0.2, 0.3, 0.05, 0.2],
+            [(2, "engines and learner disagree"), (5, "engines and learner disagree")],
+        ),
         ("policy/rollout_kl", [None, 0.2], [(2, "engines and learner disagree")]),
         ("policy/kl", [0.5, 1.5, 2.0], [(2, "far from the base policy")]),
         ("faults/skipped_updates", [1, 0, 1, 2, 1, 0], [(4, "updates skipped")]),
