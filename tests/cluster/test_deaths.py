@@ -179,3 +179,26 @@ def test_last_words_come_from_a_host_that_does_not_see_the_run(
     assert "  learner-0 | said far away" in shown
     assert "heard at the end" in (directory / "learner-1.log").read_text()
     assert "said far away" in (directory / "learner-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_cluster_that_asks_for_a_token_is_told_from_one_that_is_not_there(
+    site: Site,  # noqa: F811
+    tiny_tree: dict,
+    write_config,
+    tmp_path: Path,
+):
+    head = site.host(1)
+    head.start_ray(cpus=1)
+    config = write_config({**tiny_tree, "cluster": {"address": f"{head.address}:6379"}})
+    script = tmp_path / "joins.py"
+    script.write_text(textwrap.dedent(FAR))
+    words = [sys.executable, str(script), str(config), str(tmp_path / "logs")]
+    stranger = ["env", "-u", "RAY_AUTH_MODE", "-u", "RAY_AUTH_TOKEN", f"HOME={tmp_path}", *words]
+    driver = head.start(*stranger, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    shown, _ = driver.communicate(timeout=150)
+    said = shown.strip().splitlines()[-1]
+    assert said.endswith("and set RAY_AUTH_MODE=token, here and before `ray start`")
+    assert "InvalidAuthToken" not in shown, "Ray's own words are in the log"
+    assert "InvalidAuthToken" in (tmp_path / "logs" / "driver.log").read_text()

@@ -134,3 +134,22 @@ def test_a_run_that_loses_the_learner_s_host_says_so_and_goes_on_from_its_checkp
     assert resumed.end(300) == 0, resumed.terminal
     assert [row["step"] for row in resumed.rows] == list(range(1, 151))
     assert "eval_after" in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_ranks_on_two_hosts_meet_and_the_lost_one_leads(
+    site: Site,  # noqa: F811
+    config: Callable[..., Path],
+    tmp_path: Path,
+):
+    head, other = site.host(1), site.host(2)
+    head.start_ray(cpus=2)
+    other.start_ray(head, cpus=3)
+    run = Run(head, config(head, steps=100_000, learner={"world_size": 2, "cpus": 2}), tmp_path / "run")
+    run.wait_for(lambda: len(run.rows) >= 8, 240)
+    other.lose()
+    assert run.end(180) == 1
+    message = run.terminal.partition("hybrid-rl train: ")[2]
+    print(message)
+    assert message.startswith("a machine was lost. learner-")
+    assert "(10.77.0.2, process " in message.splitlines()[0]
+    assert "Traceback" not in run.terminal
