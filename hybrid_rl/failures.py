@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hybrid_rl.logs import keep_logs, log_directory
+from hybrid_rl.redaction import scrub
 from hybrid_rl.types import InWorker, RewardFailed, WorkerDied
 
 _MESSAGE_CHARACTERS = 1200
@@ -139,7 +140,7 @@ def explain(error: BaseException) -> str:
     if any(log.parent.parent.glob("checkpoints/step_*")):
         run = _near(log.parent.parent)
         screen.append(f"Go on from the last checkpoint: hybrid-rl train {run}/config.yaml run.dir={run} --resume")
-    return "\n".join(screen)
+    return scrub("\n".join(screen))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hybrid_rl.redaction import scrub
 from hybrid_rl.settings import ConfigError
 
 OURS = ("hybrid_rl", "trainers", "rewards")
@@ -19,10 +20,17 @@ OURS = ("hybrid_rl", "trainers", "rewards")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+class Scrubbed(logging.Formatter):
+    """Without the environment's secrets, which the error of a reward or a client may quote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
+
+
 class _DriverLog(logging.FileHandler):
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(Scrubbed(FORMAT))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """On a full disk, `logging` would print a traceback for every line."""
@@ -46,6 +54,7 @@ def log_to(directory: Path) -> Path:
     logging.captureWarnings(True)
     for name in OURS:
         if logging.lastResort is not None:  # what shows warnings where nothing handles them, as it was until now
+            logging.lastResort.setFormatter(Scrubbed("%(message)s"))
             logging.getLogger(name).addHandler(logging.lastResort)
     return Path(log.baseFilename)
 

@@ -7,7 +7,9 @@ other way cannot be told from other text.
 from __future__ import annotations
 
 import json
+import mmap
 import os
+from pathlib import Path
 
 _WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
 """Of the names of variables whose values are secrets."""
@@ -17,12 +19,35 @@ _SHORTEST = 8
 
 def scrub(text: str) -> str:
     """`text` without the values of environment variables that are secrets, also where JSON escapes them."""
-    secrets = {
+    for value, name in _secrets().items():
+        for form in (value, json.dumps(value)[1:-1]):
+            text = text.replace(form, f"({name}, left out)")
+    return text
+
+
+def scrub_files(directory: Path) -> None:
+    """The same of the logs in a directory, once nothing writes to them any more: what a worker, or a library in it,
+    prints by itself goes to a file as it is."""
+    values = [value.encode() for value in _secrets()]
+    for path in directory.glob("*.log"):
+        if path.stat().st_size:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                found = any(content.find(value) >= 0 for value in values)
+            if found:
+                aside = path.with_suffix(".scrubbed")
+                with (
+                    path.open(encoding="utf-8", errors="surrogateescape") as file,
+                    aside.open("w", encoding="utf-8", errors="surrogateescape") as clean,
+                ):
+                    clean.writelines(map(scrub, file))
+                aside.replace(path)
+
+
+def _secrets() -> dict[str, str]:
+    """Value -> the variable that has it; the longest first, since one may contain another."""
+    found = {
         value: name
         for name, value in os.environ.items()
         if len(value) >= _SHORTEST and _WORDS & set(name.lower().split("_"))
     }
-    for value in sorted(secrets, key=len, reverse=True):  # one may contain another
-        for form in (value, json.dumps(value)[1:-1]):
-            text = text.replace(form, f"({secrets[value]}, left out)")
-    return text
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.plain_text import visible
-from hybrid_rl.redaction import scrub
+from hybrid_rl.redaction import scrub, scrub_files
 from hybrid_rl.run_directory import dump_config
 
 
@@ -27,6 +28,17 @@ def test_values_of_variables_that_are_secrets_are_scrubbed():
     assert scrub("marker-of-hf-token-longer") == "(HF_TOKEN_OLD, left out)"
     assert scrub(json.dumps({"said": 'marker"one\\two'})) == '{"said": "(SERVICE_API_KEY, left out)"}'
     assert scrub("true, not-a-secret") == "true, not-a-secret"
+
+
+def test_logs_are_scrubbed_where_they_hold_one(tmp_path: Path):
+    (tmp_path / "a.log").write_bytes(b"one \xff\nthe key: marker-of-hf-token\n")
+    (tmp_path / "b.log").write_bytes(b"nothing \xff\n")
+    (tmp_path / "empty.log").touch()
+    untouched = (tmp_path / "b.log").stat().st_ino
+    scrub_files(tmp_path)
+    assert (tmp_path / "a.log").read_bytes() == b"one \xff\nthe key: (HF_TOKEN, left out)\n"
+    assert (tmp_path / "b.log").stat().st_ino == untouched
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.log", "b.log", "empty.log"]
 
 
 def test_settings_are_written_down_without_them(tiny_tree: dict):

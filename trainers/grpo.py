@@ -16,11 +16,11 @@ from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.logs import log_to
 from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.redaction import scrub_files
 from hybrid_rl.report import write_report
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.screen import RunScreen
 from hybrid_rl.step_clock import StepClock
-from hybrid_rl.tracking import check_trackers
 from trainers.async_grpo import Overlapped
 from trainers.gate import Gate
 from trainers.preflight import check_surroundings
@@ -52,6 +52,8 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
     except ConfigError:
         run.discard()
         raise
+    finally:
+        scrub_files(run.logs)
     return run
 
 
@@ -59,7 +61,6 @@ def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Res
     """Everything that needs no worker. A run that is resumed has its own plan, wherever it once came from."""
     resumption = find_resumption(config) if resume is True or (resume and can_resume(config)) else None
     task = check_task(config, resumption and resumption.plan)
-    check_trackers(config)
     check_surroundings(config, task)
     return task, resumption
 

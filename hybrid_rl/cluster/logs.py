@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid_rl.logs import FORMAT, OURS
+from hybrid_rl.logs import FORMAT, OURS, Scrubbed
 
 _LINES = 12
 """Last lines of a log that are shown."""
@@ -77,7 +77,7 @@ class WorkerLogs:
         """From now on, what this process and its children print goes to the worker's log. Where it cannot be opened,
         it stays where Ray puts it."""
         shown = logging.StreamHandler()
-        shown.setFormatter(logging.Formatter(FORMAT))
+        shown.setFormatter(Scrubbed(FORMAT))
         for name in OURS:
             logging.getLogger(name).addHandler(shown)
         path = self.path(worker)
