@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
     from hybrid_rl.config import Config
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for. Ends the process with status 2 if that cannot be read."""
     parser = argparse.ArgumentParser(
         prog="hybrid-rl", description="Reinforcement learning with verifiable rewards under an adaptation plan."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = _command(commands, "train", "train a policy", _train)
     train.add_argument("--resume", action="store_true", help="continue the run in run.dir from its last checkpoint")
+    train.add_argument(
+        "--auto-resume", action="store_true", help="the same if there is a checkpoint, else begin: for schedulers"
+    )
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved settings, start nothing"
     )
@@ -30,8 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rank.add_argument(
         "--dry-run", action="store_true", help="candidates, budget and memory from the model's shape; reads no weights"
     )
-    doctor = commands.add_parser("doctor", help="check parts of a run on their own")
-    checks = doctor.add_subparsers(dest="check", required=True, metavar="CHECK")
+    estimate = _command(commands, "estimate", "say what a run takes, from the model's shape alone", _estimate)
+    estimate.add_argument("--gpus", type=_count, metavar="N", help="on so many GPUs; those that are here by default")
+    estimate.add_argument("--gpu-memory", type=_amount, metavar="GIB", help="of each GPU; of those here by default")
+    estimate.add_argument("--json", action="store_true", help="print the sizes as one object, on the last line")
+    doctor = commands.add_parser("doctor", help="check this machine, or parts of a run on their own")
+    doctor.add_argument("--json", action="store_true", help="print the findings as one object, on the last line")
+    doctor.set_defaults(run=_doctor)
+    checks = doctor.add_subparsers(dest="check", metavar="CHECK")
     _command(checks, "sync", "send weights to engines and compare what these compute with the learner", _doctor_sync)
     evaluation = _command(commands, "eval", "evaluate a policy on the held-out problems", _eval)
     policy = evaluation.add_mutually_exclusive_group()
@@ -64,14 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if word not in settings]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "overrides" in options:
+        options.overrides += settings
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = read_command_line(arguments)
     # Imported here, as all else that takes its time: help is to come at once.
     from hybrid_rl.settings import ConfigError
-    from hybrid_rl.types import RewardFailed, WorkerDied
 
     try:
         if "overrides" not in options:
             return options.run(options)
-        options.overrides += settings
         return options.run(_settings(options), options)
     except ConfigError as error:
         tool = f" {options.tool}" if "tool" in options else ""
@@ -80,15 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hybrid-rl {options.command}: interrupted", file=sys.stderr)
         return 130
-    except RewardFailed as failure:
-        print(
-            f"hybrid-rl {options.command}: {failure}. Try it by `hybrid-rl reward test` or, on what a run sampled, "
-            "`reward replay`; `train --resume` goes on from a checkpoint",
-            file=sys.stderr,
-        )
-        return 1
-    except WorkerDied as death:
-        print(f"hybrid-rl {options.command}: {death}. `--resume` goes on from a checkpoint", file=sys.stderr)
+    except Exception as error:  # whatever it was; the log has its traceback
+        from hybrid_rl.failures import explain
+
+        print(f"hybrid-rl {options.command}: {explain(error)}", file=sys.stderr)
         return 1
 
 
@@ -138,14 +149,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def _amount(text: str, of: str = "") -> float:
     try:
-        seconds = float(text)
+        amount = float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
+        amount = math.nan
+    if not 0 < amount < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number{of} above 0")
+    return amount
+
+
+def _seconds(text: str) -> float:
+    return _amount(text, " of seconds")
 
 
 _SUBJECTS = {
@@ -193,24 +208,32 @@ def _settings(options: argparse.Namespace) -> Config:
 
 
 def _train(config: Config, options: argparse.Namespace) -> int:
+    resume = options.resume or ("auto" if options.auto_resume else False)
     if options.dry_run:
+        from rich.console import Console
+
         from hybrid_rl.run_directory import dump_config
+        from hybrid_rl.tables import plan_table
         from trainers.grpo import check_run
+        from trainers.preflight import dry_run
+        from trainers.ranking import make_plan
         from trainers.setup import ranks
 
-        task = check_run(config, options.resume)
+        task, _ = check_run(config, resume)
         print(dump_config(config), end="")
+        console = Console(stderr=True, soft_wrap=True)
         if task.plan is not None or not ranks(config):
-            from rich.console import Console
-
-            from hybrid_rl.tables import plan_table
-            from trainers.ranking import make_plan
-
-            Console(stderr=True, soft_wrap=True).print(plan_table(make_plan(config, task, None)))
+            console.print(plan_table(make_plan(config, task, None)))
+        dry_run(config, task, console)
         return 0
     from trainers.grpo import train
+    from trainers.stopping import Stopped
 
-    train(config, name=Path(options.config).stem, resume=options.resume)
+    try:
+        train(config, name=Path(options.config).stem, resume=resume)
+    except Stopped as stopped:
+        print(f"hybrid-rl train: stopped by SIGTERM {stopped}; `--resume` goes on", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return 0
 
 
@@ -229,6 +252,23 @@ def _rank(config: Config, options: argparse.Namespace) -> int:
     plot, compare = (Path(path) if path else None for path in (options.plot, options.compare))
     rank_command(config, console, out=Path(options.out), plot=plot, compare=compare)
     return 0
+
+
+def _estimate(config: Config, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.sizing import estimate_command
+
+    estimate_command(config, Console(), gpus=options.gpus, gpu_memory=options.gpu_memory, as_json=options.json)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.health import doctor_command
+
+    return 0 if doctor_command(Console(), as_json=options.json) else 2
 
 
 def _doctor_sync(config: Config, options: argparse.Namespace) -> int:

@@ -67,7 +67,6 @@ def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Res
 
 def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption | None, stop: StopSignal) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
-        stop.listen()
         started = time.perf_counter()
         if resumption is None:
             plan, done = _start(config, task, run, workplace, screen)

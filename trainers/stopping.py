@@ -22,14 +22,9 @@ class StopSignal:
         self._before: Any = None
 
     def __enter__(self) -> StopSignal:
-        self.listen()
-        return self
-
-    def listen(self) -> None:
-        """Take the signal; again after somebody else has (Ray does as it starts)."""
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            before = signal.signal(signal.SIGTERM, self._receive)
-            self._before = self._before or before
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -54,7 +55,7 @@ class RayCluster:
         noise = log_directory() / "driver.log"
         before = noise.stat().st_size
         try:
-            with _standard_error(noise):
+            with _standard_error(noise), _own_sigterm():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **where)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             self._output()
@@ -157,6 +158,17 @@ class ObjectStore(Transport):
             raise SyncTimeout(f"{what} did not arrive within {self._timeout:g} s") from None
         except ray.exceptions.ObjectLostError as loss:
             raise SyncTimeout(f"{what} is lost: {_last_line(loss)}") from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what this process does at SIGTERM: Ray would end it without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
