@@ -77,6 +77,8 @@ def test_wandb_has_metrics_plan_and_rollouts_in_which_nothing_acts(start: Callab
     assert log.faults() == {"faults/tracking_wandb": 0}
     (directory,) = run.path.glob("wandb/offline-run-*")
     (written,) = directory.glob("*.wandb")
+    # wandb's own process writes on for a moment after `finish`; the table and the plan are behind the metrics.
+    _until(lambda: b"plan.json" in written.read_bytes())
     content = written.read_bytes()
     for told in (b"reward/mean", b"policy/advantages", b"a group", b"a tag", run.identity().encode(), b"plan.json"):
         assert told in content, told
