@@ -66,7 +66,7 @@ def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     except ValidationError as error:
         problems = _explained(tree, [dict(detail) for detail in error.errors(include_url=False)])
         shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {line}" for line in shown)) from None
+        raise ConfigError(f"{source}:\n" + "\n".join(f"  - {_cut(line)}" for line in shown)) from None
 
 
 def setting_names() -> list[str]:
@@ -144,7 +144,8 @@ def _found(tree: Any, loc: Sequence[str | int]) -> tuple[list[str | int], Any, l
     for part in loc:
         in_list = isinstance(node, list) and isinstance(part, int) and part < len(node)
         if in_list or (isinstance(node, dict) and part in node):
-            node = node[part]
+            inner: Any = node
+            node = inner[part]
             path.append(part)
         else:
             break
@@ -166,6 +167,10 @@ def _dotted(loc: Sequence[str | int]) -> str:
     """`rewards[0].weight`"""
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{_named(part)}" for part in loc)
     return name.removeprefix(".")
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= 320 else f"{line[:220]} ... {line[-80:]}"
 
 
 def _named(key: str) -> str:

@@ -21,7 +21,7 @@ BUCKET = 200_000_000
 LIVE_PARAMETERS = 1_000_000_000
 """Most parameters that ZeRO-3 keeps whole at a time: `stage3_max_live_parameters`, at DeepSpeed's default."""
 
-IMPORTED = {"learner": 415 * MIB, "vllm": 1100 * MIB, "transformers": 415 * MIB}
+IMPORTED = {"learner": 415 * MIB, "vllm": 465 * MIB, "transformers": 415 * MIB}
 """Memory of a process that has imported what it works with and done nothing yet, on a CPU."""
 RUNTIME = 200 * MIB
 """What a process takes besides once it computes, on a CPU: threads, kernels' own buffers, the allocator's remains."""

@@ -62,7 +62,7 @@ def read_yaml(text: str) -> Any:
     except RecursionError:
         raise NotSettings(f"it is nested more than {DEEPEST} levels deep") from None
     except yaml.YAMLError as error:
-        raise NotSettings(str(error)) from None
+        raise NotSettings(_without_text(error)) from None
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         # pyyaml's own, where a value is not of the kind that its tag says.
         if isinstance(error, NotSettings):
@@ -71,6 +71,15 @@ def read_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _without_text(error: yaml.YAMLError) -> str:
+    """What is wrong and where. pyyaml would also show the text there, which may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    marks = [mark for mark in (error.problem_mark, error.context_mark) if mark is not None]
+    where = f"line {marks[0].line + 1}, column {marks[0].column + 1}: " if marks else ""
+    return where + ", ".join(part for part in (error.problem, error.context) if part)
 
 
 def _measure(root: yaml.Node) -> None:

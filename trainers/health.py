@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -151,7 +151,7 @@ def _memory() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     short = memory.available < 4 * GIB
-    todo = "a run on CPUs takes some 0.7 GiB a learner rank and 2.3 a vLLM engine; `hybrid-rl estimate` says more"
+    todo = "a run on CPUs takes some 0.7 GiB a learner rank and 1.7 a vLLM engine; `hybrid-rl estimate` says more"
     yield Finding("memory", "warn" if short else "ok", found, todo if short else "")
     shared = shutil.disk_usage("/dev/shm")
     found = f"{shared.free / GIB:.1f} of {shared.total / GIB:.1f} GiB free"
@@ -291,6 +291,6 @@ def _listeners() -> dict[int, str]:
                     name = f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
                 except psutil.Error:
                     name = f"process {connection.pid}"
-            _, port = connection.laddr
-            found[port] = name
+            address: Any = connection.laddr
+            found[address.port] = name
     return found

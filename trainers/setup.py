@@ -366,7 +366,12 @@ def meta_model(config: Config) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a path that is not a model
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError) and "connect" in reason and not Path(config.model.path).exists():
+            raise ConfigError(
+                f"model.path={config.model.path!r} cannot be fetched: no hub can be reached; give a local directory, or "
+                "set HF_ENDPOINT (`hybrid-rl doctor` looks at the hub)"
+            ) from None
         raise ConfigError(f"model.path={config.model.path!r} is not a causal language model: {reason}") from None
     return model
 

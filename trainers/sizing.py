@@ -134,7 +134,7 @@ def _plans(
     """By label, the configured one first. Before a ranking, a hybrid plan's largest matrices stand for its best."""
     largest = {c.name: float(c.params) for c in select_candidates(anatomy, config.plan)}
     labels = {adaptation: label for label, adaptation in COMPARED.items()}
-    name: str = labels.get(config.adaptation, config.adaptation)
+    name = str(labels.get(config.adaptation, config.adaptation))
     if config.adaptation == "hybrid" and config.rest != "lora":
         name = f"hybrid, {config.plan.rest}"
     name = "the plan given" if given is not None else name
