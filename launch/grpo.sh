@@ -18,8 +18,8 @@
 #   --print                    say what would be done, and do nothing
 #   key=value ...              settings that replace the file's
 #
-# HYBRID_RL_RAY_START holds further options of `ray start`, such as --num-cpus=8. SIGTERM and SIGINT reach the trainer,
-# which saves before it ends. Exit status: the trainer's on the head, 0 on the others; 2 if the input or the environment
+# HYBRID_RL_RAY_START holds further options of `ray start`, such as --num-cpus=8. Signals are passed on to the trainer,
+# which saves upon SIGTERM. Exit status: the trainer's on the head, 0 on the others; 2 if the input or the environment
 # is wrong, 1 if Ray failed.
 set -euo pipefail
 launch=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
