@@ -10,8 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Stopped(Exception):
-    """The run was asked to end, and has ended."""
+class Stopped(BaseException):
+    """The run was asked to end. As `KeyboardInterrupt`, it is nothing that those who mend failures should see."""
 
 
 class StopSignal:
@@ -35,6 +35,8 @@ class StopSignal:
     @contextmanager
     def held(self) -> Iterator[None]:
         """What is inside is done to its end first."""
+        if self._asked:  # and somebody took the exception for a failure
+            self._leave()
         self._held = True
         yield
         self._held = False

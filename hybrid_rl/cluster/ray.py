@@ -172,6 +172,15 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
+def _handlers_errors() -> Iterator[None]:
+    """Let through what a signal's handler raises: Ray's C code, if it is raised within that, makes a SystemError of it."""
+    try:
+        yield
+    except SystemError as error:
+        raise error.__cause__ or error from None
+
+
+@contextmanager
 def _standard_error(file: Path) -> Iterator[None]:
     """Have what libraries in C write to standard error appended to a file."""
     kept, log = os.dup(2), os.open(file, os.O_WRONLY | os.O_APPEND)
@@ -266,7 +275,8 @@ class _RayPending:
 
     def result(self, timeout: float | None = None) -> Any:
         try:
-            return ray.get(self._reference, timeout=timeout)
+            with _handlers_errors():
+                return ray.get(self._reference, timeout=timeout)
         except ray.exceptions.GetTimeoutError:
             raise WorkerDied(f"{self.name} did not answer within {timeout:g} s", self.name) from None
         except ray.exceptions.RayTaskError as failure:
@@ -287,7 +297,8 @@ class _RayPending:
             raise RuntimeError(_last_line(failure)) from InWorker(self.name, _COLOUR.sub("", str(failure)))
 
     def ready(self, timeout: float) -> bool:
-        done, _ = ray.wait([self._reference], timeout=timeout)
+        with _handlers_errors():
+            done, _ = ray.wait([self._reference], timeout=timeout)
         return bool(done)
 
 

@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -86,5 +89,26 @@ def test_workers_answer_fail_and_die_as_their_handles_say(tiny_config: Config):
         other.kill()
         replacement = cluster.start(1, Echo, name="other", takes=Resources(0.5, 0))
         assert replacement.submit("pid").result() != pid, "a dead worker's place can be taken again"
+        late = replacement.submit("sleep", 30)
+        for wait in (late.ready, late.result):
+            with pytest.raises(InterruptedError, match="asked to end"), asked_to_end(0.5):
+                wait(20.0)
     finally:
         cluster.close()
+
+
+@contextmanager
+def asked_to_end(seconds: float) -> Iterator[None]:
+    """A signal arrives after `seconds`, whose handler raises."""
+
+    def leave(*_: object) -> None:
+        raise InterruptedError("asked to end")
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
