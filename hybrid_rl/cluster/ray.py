@@ -47,7 +47,10 @@ class RayCluster:
     """Starts Ray on this machine, or joins `cluster.address`."""
 
     def __init__(self, config: Config) -> None:
-        where: dict[str, Any] = {"include_dashboard": False}
+        # `local`: without it Ray would join whatever cluster it finds on this machine, even one that is gone.
+        where: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        if "RAY_ADDRESS" not in os.environ:  # else Ray would join what was last started here, if it is there or not
+            where["address"] = "local"
         if config.cluster.address is not None:
             where = {"address": config.cluster.address}
             _check_reachable(config.cluster.address)
@@ -173,7 +176,7 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _handlers_errors() -> Iterator[None]:
-    """Let through what a signal's handler raises: Ray's C code, if it is raised within that, makes a SystemError of it."""
+    """Let through what a signal's handler raises; within Ray's C code, that becomes a `SystemError`."""
     try:
         yield
     except SystemError as error:

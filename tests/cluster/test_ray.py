@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -57,10 +59,14 @@ class Echo:
         raise KeyError("the worker's own error")
 
 
-def test_a_local_cluster_listens_on_loopback_only(tiny_tree: dict, write_config):
+def test_a_local_cluster_is_a_new_one_that_listens_on_loopback_only(tiny_tree: dict, write_config):
     """In a process of its own, since Ray decides when it is imported."""
     command = [sys.executable, "-c", textwrap.dedent(LISTENERS), str(write_config(tiny_tree))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # of a short name: sockets are in it
+        (Path(place) / "ray").mkdir()
+        (Path(place) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")  # another one's, that is gone
+        environment = {**os.environ, "RAY_TMPDIR": place}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     addresses = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("LISTENS")}
     assert len(done.stdout.splitlines()) > 5, "Ray's own services and the learner's"
