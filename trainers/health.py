@@ -30,7 +30,7 @@ from rich.table import Table
 
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
-PORTS = {6379: "Ray's head (GCS)", 8265: "Ray's dashboard and jobs", 10001: "Ray's clients", 8080: "Ray's metrics"}
+PORTS = {6379: "Ray's head (GCS)", 8265: "Ray's dashboard and jobs", 10001: "Ray's clients", 52365: "Ray's agent"}
 """Ports of a Ray head node, by default. A run that starts Ray itself takes free ones."""
 HUB_SECONDS = 5.0
 LEAST_DISK, LEAST_SHARED, LEAST_FILES = 5 * GIB, 2 * GIB, 4096

@@ -369,7 +369,7 @@ def meta_model(config: Config) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, OSError) and "connect" in reason and not Path(config.model.path).exists():
             raise ConfigError(
-                f"model.path={config.model.path!r} cannot be fetched: no hub can be reached; give a local directory, or "
+                f"model.path={config.model.path!r} cannot be fetched: no hub can be reached; give a directory, or "
                 "set HF_ENDPOINT (`hybrid-rl doctor` looks at the hub)"
             ) from None
         raise ConfigError(f"model.path={config.model.path!r} is not a causal language model: {reason}") from None

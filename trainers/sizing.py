@@ -342,6 +342,8 @@ def memory_table(sizing: Sizing) -> Table:
     table.add_row("weight update, complete", *(_gib(sizes.update) for sizes in every))
     table.add_row("trained parameters", *(f"{sizes.trained:,}" for sizes in every))
     table.caption = "hybrids with the largest matrices full, an upper bound; sequences as long as they may be"
+    if not gpu:
+        table.caption += "; glibc keeps freed memory besides, unless MALLOC_MMAP_THRESHOLD_=1048576 is set"
     if not sizing.complete:
         table.caption = "[yellow]this model cannot run without values: activations or caches are not counted[/]"
     return table
