@@ -9,7 +9,6 @@ import ast
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 from functools import cache
@@ -181,50 +180,46 @@ exec {sys.executable} -m pytest "$@"
 """
 
 
-class Workshop:
-    """A copy of the working tree in which commands run as a reader would run them, only shorter."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root / "hybrid-rl"
-        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        for name in filter(None, names):
-            if (ROOT / name).is_file():
-                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.root / name)
-        commands = root / "bin"
-        commands.mkdir()
-        for name, text in (("hybrid-rl", _SHIM), ("pytest", _PYTEST)):
-            self._script(commands / name, text)
-        self._script(self.root / "launch" / "setup.sh", "#!/bin/sh\n")  # what it installs is there
-        path = f"{commands}:{self.root}/.venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self._environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.root), "HYBRID_RL_DEVICE": "cpu"}
-
-    @staticmethod
-    def _script(path: Path, text: str) -> None:
-        path.write_text(text, encoding="utf-8")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-    def run(self, script: str) -> None:
-        """Fails with the end of what it printed. A command's exit status counts wherever it stands."""
-        filled = re.sub(r"\b(CONFIG|RUN|FILE\.jsonl)\b", lambda word: _STANDS_FOR[word[1]], script)
-        done = subprocess.run(
-            ["bash", "-euxo", "pipefail", "-c", filled],
-            cwd=self.root,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=3000,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
+def _run(place: Path, script: str) -> None:
+    """Run a reader's commands in a copy of the repository. Fails with the end of what they printed; a command's exit
+    status counts wherever it stands."""
+    path = f"{place}/.bin:{place}/.venv/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [
+            "bash",
+            "-euxo",
+            "pipefail",
+            "-c",
+            re.sub(r"\b(CONFIG|RUN|FILE\.jsonl)\b", lambda w: _STANDS_FOR[w[1]], script),
+        ],
+        cwd=place,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(place), "HYBRID_RL_DEVICE": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    shop = Workshop(tmp_path_factory.mktemp("docs"))
-    shop.run(f"hybrid-rl warm-start {_RECIPE}; hybrid-rl train {_RECIPE} run.dir=RUN")
-    return shop
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the working tree, with a base policy and a run in it, in which commands are shorter."""
+    place = tmp_path_factory.mktemp("docs") / "hybrid-rl"
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    (place / ".bin").mkdir()
+    installed = "#!/bin/sh\n"  # what set-up would install is there
+    for name, text in ((".bin/hybrid-rl", _SHIM), (".bin/pytest", _PYTEST), ("launch/setup.sh", installed)):
+        (place / name).write_text(text, encoding="utf-8")
+        (place / name).chmod(0o755)
+    _run(place, f"hybrid-rl warm-start {_RECIPE}; hybrid-rl train {_RECIPE} run.dir=RUN")
+    return place
 
 
 @pytest.mark.slow
@@ -232,13 +227,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.mark.parametrize(
     "page", [page for page in GUIDES if any(not block.not_run for block in shell_blocks(page))], ids=by_name
 )
-def test_commands_run(workshop: Workshop, page: Path):
-    """One page after another, each from its beginning to its end in one shell, with the files that it has the reader
-    make."""
+def test_commands_run(workshop: Path, tmp_path: Path, page: Path):
+    """From the page's beginning to its end in one shell, with the files that it has the reader make."""
     script = []
     for block in blocks(page):
         if block.file_name is not None:
             script.append(f"cat > {block.file_name} <<'END_OF_FILE'\n{block.text}END_OF_FILE\n")
         elif block.language == "bash" and not block.not_run:
             script.append(block.text)
-    workshop.run("\n".join(script))
+    place = tmp_path / "hybrid-rl"
+    shutil.copytree(workshop, place)
+    _run(place, "\n".join(script))
