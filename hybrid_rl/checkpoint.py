@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ STATE = "state.json"
 PLAN = "plan.json"
 WAITING = "waiting.json"
 _FORMAT = 2
+_NAME = re.compile(r"step_\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class TrainerState:
     """Digest of the base model's parameters (`digest_of_all`); empty where it was not taken."""
     started_from: Mapping[str, Any] = field(default_factory=dict)
     """Of the export that the run started from: `format`, `step`, hash of its `plan`, and what that one started from."""
+    evaluated: int = 0
+    """The step of `last_eval`."""
     layout: str = ""
     """Ranks and ZeRO stage of the learner, for people."""
 
@@ -93,7 +97,7 @@ class Checkpoints:
         try:
             root.mkdir(parents=True, exist_ok=True)
             for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
-                shutil.rmtree(leftover)
+                _delete(leftover)
             (aside / LEARNER).mkdir(parents=True)
             plan.save(aside / PLAN)
             files = {PLAN: sync_and_describe(aside / PLAN)}
@@ -134,7 +138,10 @@ class Checkpoints:
             self._give_up(state.step, aside, error)
             return
         self._begun, self.last = None, state.step
-        self._rotate()
+        try:
+            self._rotate()
+        except OSError as error:
+            logger.warning("old checkpoints could not be deleted: %s", error)
 
     def _rename(self, begun: _Begun) -> None:
         aside, files = begun.aside, begun.files
@@ -156,26 +163,24 @@ class Checkpoints:
         sync_path(self._root)
 
     def _rotate(self) -> None:
-        """Delete what is neither among the latest nor among the best."""
+        """Delete what is neither among the latest nor among the best; and later ones, whose steps are done again."""
+        assert self.last is not None
         saved = checkpoints(self._root)
-        kept = set(saved[-self._settings.keep_last :])
+        valid = [path for path in saved if _step(path) <= self.last]
+        kept = set(valid[-self._settings.keep_last :])
         if self._settings.keep_best:
-            scored = [(load_state(path).row.get("eval/accuracy"), path) for path in saved]
+            scored = [(_score(path), path) for path in valid]
             best = sorted((score, path) for score, path in scored if score is not None)
             kept |= {path for _, path in best[-self._settings.keep_best :]}
         for old in set(saved) - kept:
-            try:
-                _remove(old)
-            except OSError as error:
-                logger.warning("%s is not needed any more and could not be deleted: %s", old, error)
+            _remove(old)
 
     def _give_up(self, step: int, aside: Path, error: OSError) -> None:
         self.failed += 1
         shutil.rmtree(aside, ignore_errors=True)
-        last = latest(self._root)
         logger.error(
-            "step %d could not be saved under %s: %s; training goes on, a resumed run would begin after %s",
-            *(step, self._root, error, "nothing" if last is None else last.name),
+            "step %d could not be saved under %s: %s; training goes on, a resumed run would begin after step %d",
+            *(step, self._root, error, self.last or 0),
         )
 
 
@@ -187,7 +192,17 @@ def write_state(checkpoint: Path, state: TrainerState, files: Mapping[str, FileF
 
 def checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step_*") if (path / STATE).is_file())
+    found = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and (path / STATE).is_file())
+    return sorted(found, key=_step)
+
+
+def recover(root: Path) -> None:
+    """Finish what a process that was killed had written whole and had only to rename."""
+    for aside in root.glob(".writing_step_*"):
+        final = root / aside.name.removeprefix(".writing_")
+        if (aside / STATE).is_file() and not final.exists():
+            aside.rename(final)
+            sync_path(root)
 
 
 def latest(root: Path) -> Path | None:
@@ -218,8 +233,10 @@ def damage(checkpoint: Path, only: Collection[str] | None = None) -> str | None:
     files = _read(checkpoint)["files"]
     for name in files if only is None else only:
         path = checkpoint / name
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            return f"{checkpoint / STATE} names {name}, which is not in it"
         try:
-            whole = name in files and describe(path) == FileFacts(**files[name])
+            whole = name in files and path.is_file() and describe(path) == FileFacts(**files[name])
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"
         if not whole:
@@ -241,7 +258,7 @@ def load_state(checkpoint: Path) -> TrainerState:
             raise ValueError("it is not what was written")
         del tree["files"], tree["format"]
         return TrainerState(**tree)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{checkpoint / STATE} cannot be read: {error}") from None
 
 
@@ -269,8 +286,28 @@ def _digest(tree: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _score(checkpoint: Path) -> float | None:
+    """Accuracy measured at its step; `None` where none was, or it cannot be read."""
+    try:
+        return load_state(checkpoint).row.get("eval/accuracy")
+    except ConfigError:
+        return None
+
+
 def _remove(checkpoint: Path) -> None:
-    """Rename first, so that no half-deleted directory has a finished one's name."""
+    """Rename first, so that no half-deleted directory has a finished one's name. Raises `OSError` if that fails."""
     old = checkpoint.with_name(f".old_{checkpoint.name}")
     checkpoint.rename(old)
-    shutil.rmtree(old)
+    _delete(old)
+
+
+def _delete(directory: Path) -> None:
+    """What is left of it is tried again with the next checkpoint."""
+    try:
+        directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
+    except OSError as error:
+        logger.warning("%s is not needed any more and could not be deleted: %s", directory, error)

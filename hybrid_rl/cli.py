@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hybrid_rl.arguments import amount, count
 from hybrid_rl.reward_commands import add_reward_commands
@@ -168,13 +168,17 @@ def _train(config: Config, options: argparse.Namespace) -> int:
             console.print(plan_table(make_plan(config, task, None)))
         dry_run(config, task, console)
         return 0
+    return _run(config, options, resume)
+
+
+def _run(config: Config, options: argparse.Namespace, resume: bool | Literal["auto"] = False) -> int:
     from trainers.grpo import train
     from trainers.stopping import Stopped
 
     try:
         train(config, name=Path(options.config).stem, resume=resume)
     except Stopped as stopped:
-        print(f"hybrid-rl train: stopped by SIGTERM {stopped}; `--resume` goes on", file=sys.stderr)
+        print(f"hybrid-rl {options.command}: stopped by SIGTERM {stopped}", file=sys.stderr)
         return 128 + signal.SIGTERM
     return 0
 
@@ -260,12 +264,9 @@ def _export(config: Config, options: argparse.Namespace) -> int:
 
 
 def _import(config: Config, options: argparse.Namespace) -> int:
-    from trainers.grpo import train
-
     replaced = "model" if config.plan.start is None else "plan and values, in place of adaptation and plan.*"
     print(f"training goes on from {options.directory}: its {replaced}, with a new optimizer")
-    train(config, name=Path(options.config).stem)
-    return 0
+    return _run(config, options)
 
 
 def _report(options: argparse.Namespace) -> int:

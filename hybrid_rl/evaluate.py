@@ -34,6 +34,11 @@ class Evaluated:
     """Empty where `eval.k` is 0."""
 
 
+def is_due(step: int, config: Config) -> bool:
+    """Whether the policy is evaluated after a step."""
+    return step == config.steps or bool(config.eval.every and step % config.eval.every == 0)
+
+
 def evaluate(answers: Answers, sets: Mapping[str, Sequence[Prompt]], config: Config) -> Evaluated:
     """Answer all held-out problems once greedily, and `eval.k` times by sampling; judge by the reward that measures
     accuracy.

@@ -18,7 +18,7 @@ import yaml
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.files import write_atomically
 from hybrid_rl.machine import machine_facts
-from hybrid_rl.redaction import scrub
+from hybrid_rl.redaction import scrub_tree
 from hybrid_rl.types import ScoredGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ class RunDirectory:
         self.report = path / "report.html"
         self.machine = path / "machine.json"
         self.logs = path / "logs"
+        self._made: list[Path] = []
+        """What `create` made that was not there."""
+        self._settings_before: Path | None = None
+        """Where settings are kept that `create` replaced."""
 
     @staticmethod
     def create(config: Config, config_name: str, *, again: bool = False) -> RunDirectory:
@@ -51,11 +55,13 @@ class RunDirectory:
         run = RunDirectory(Path(config.run.dir) if config.run.dir else default)
         if run.metrics.exists() and not again:
             raise ConfigError(
-                f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume"
+                f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume (or "
+                "--auto-resume, which begins it again where it has no checkpoint)"
             )
+        run._made = [path for path in (run.config, run.logs, run.rollouts, run.path) if not path.exists()]
         try:
             run.rollouts.mkdir(parents=True, exist_ok=True)
-            write_atomically(run.config, dump_config(config))
+            run._write_settings(config)
         except OSError as error:
             raise ConfigError(f"run.dir={str(run.path)!r} cannot be written: {error}") from None
         return run
@@ -88,23 +94,41 @@ class RunDirectory:
         names = [name for name in dict.fromkeys([*now, *then]) if now.get(name) != then.get(name)]
         return [(name, f"{name}: {then.get(name)} -> {now.get(name)}") for name in names]
 
+    @property
+    def steps(self) -> int:
+        """Of the run, as it was last started or resumed."""
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))["steps"]
+
     def change_settings(self, config: Config) -> None:
         """Write down the settings that a resumed run goes on with; those before are kept beside them."""
         if not (changes := self._changes(config)):
             return
         logger.warning("settings of the run were changed: %s", "; ".join(line for _, line in changes))
-        number = 1 + len(list(self.path.glob("config.*.yaml")))
-        write_atomically(self.path / f"config.{number}.yaml", self.config.read_text(encoding="utf-8"))
-        write_atomically(self.config, dump_config(config))
+        self._write_settings(config)
+
+    def _write_settings(self, config: Config) -> None:
+        """Others that are there are kept beside them."""
+        text = dump_config(config)
+        if self.config.exists() and (before := self.config.read_text(encoding="utf-8")) != text:
+            number = 1 + len(list(self.path.glob("config.*.yaml")))
+            self._settings_before = self.path / f"config.{number}.yaml"
+            write_atomically(self._settings_before, before)
+        write_atomically(self.config, text)
 
     def discard(self) -> None:
         """Remove what `create` made, where the run was refused before it began."""
-        if not self.metrics.exists() and not self.plan.exists():
-            self.config.unlink(missing_ok=True)
-            shutil.rmtree(self.logs, ignore_errors=True)
-            for directory in (self.rollouts, self.path):
-                with contextlib.suppress(OSError):  # it was there before and holds other things
-                    directory.rmdir()
+        if self.metrics.exists() or self.plan.exists():
+            return
+        if self._settings_before is not None:
+            self._settings_before.rename(self.config)
+        for path in self._made:
+            if path == self.config:
+                path.unlink(missing_ok=True)
+            elif path == self.logs:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # it holds other things by now
+                    path.rmdir()
 
     def identity(self) -> str:
         """By which trackers know the run: the same for as long as its directory is there."""
@@ -129,41 +153,45 @@ class RunDirectory:
     def write_routing(self, step: int, updates: int, stepped: Mapping[str, tuple[int, ...]]) -> None:
         """How many updates a step made, and in how many of them each expert was stepped, by module. A step that is done
         again is written again."""
-        with self.routing.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "updates": updates, "stepped": stepped}) + "\n")
+        cut = self.routing.exists() and not self.routing.read_bytes().endswith(b"\n")
+        with self.routing.open("a", encoding="utf-8") as file:  # a killed process may have left half a line
+            file.write("\n" * cut + json.dumps({"step": step, "updates": updates, "stepped": stepped}) + "\n")
 
     def read_routing(self) -> dict[int, tuple[int, dict[str, list[int]]]]:
         """What `write_routing` wrote, by step: the updates, and those that stepped each expert, by module."""
         if not self.routing.exists():
             return {}
-        rows = [
-            json.loads(line) for line in self.routing.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
+        rows = []
+        for line in self.routing.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
         return {row["step"]: (row["updates"], row["stepped"]) for row in rows}
 
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
         """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version, and which
         spans of its tokens the environment gave."""
         lines = [
-            json.dumps(record(group, i) | {"advantage": row[i]}, default=str)
+            json.dumps(record(group, i) | {"advantage": row[i]})
             for group, row in zip(groups, advantages, strict=True)
             for i in range(len(group.completions))
         ]
-        self.rollouts_of(step).write_text(scrub("\n".join(lines)) + "\n", encoding="utf-8")
+        self.rollouts_of(step).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def write_skipped(self, step: int, batch: TrainBatch) -> Path:
+    def skipped_of(self, step: int) -> Path:
+        return self.path / "skipped" / f"step_{step:06d}.json"
+
+    def write_skipped(self, step: int, batch: TrainBatch) -> None:
         """The mini-batches of a step whose update was skipped, for a look at them."""
-        path = self.path / "skipped" / f"step_{step:06d}.json"
+        path = self.skipped_of(step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps([[dataclasses.asdict(s) for s in m] for m in batch.mini_batches]))
-        return path
 
 
 def record(group: ScoredGroup, i: int) -> dict[str, Any]:
-    """A completion and what was said of it, as files have it."""
+    """A completion and what was said of it, as files have it: without secrets."""
     completion = group.completions[i]
     outcomes = {name: row[i] for name, row in group.outcomes.items()}
-    return {
+    told = {
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.text,
         "completion": completion.text,
@@ -178,6 +206,7 @@ def record(group: ScoredGroup, i: int) -> dict[str, Any]:
         "later_versions": completion.later_versions,
         "columns": group.prompt.columns,
     }
+    return scrub_tree(told)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,13 +237,14 @@ _ROLLOUT = ("rollout.engine", "rollout.environment", "rollout.max_turns")
 
 def _may_change(name: str, config: Config) -> bool:
     if name == "steps":  # on which a falling rate, or AdaLoRA's phases, depend from the first step on
-        return config.learner.schedule == "constant" and config.rest != "adalora"
+        schedules = {part.schedule or config.learner.schedule for part in (config.full, config.lora)}
+        return schedules == {"constant"} and config.rest != "adalora"
     return name not in _ROLLOUT and any(name == may or name.startswith(f"{may}.") for may in _MAY_CHANGE)
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, without its secrets."""
-    return scrub(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return yaml.safe_dump(scrub_tree(config.model_dump(mode="json")), sort_keys=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +20,12 @@ from hybrid_rl.checkpoint import (
     Checkpoints,
     TrainerState,
     checkpoints,
+    damage,
     latest_whole,
     load_state,
     load_waiting,
+    recover,
+    write_state,
 )
 from hybrid_rl.config import CheckpointConfig, ConfigError
 from hybrid_rl.files import FileFacts, sync_and_describe
@@ -118,7 +122,7 @@ def test_a_full_disk_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"], "nothing half written is left"
     (record,) = caplog.records
     assert "step 2 could not be saved" in record.getMessage()
-    assert "No space left on device; training goes on, a resumed run would begin after step_000001" in record.message
+    assert "No space left on device; training goes on, a resumed run would begin after step 1" in record.message
     learner.fails = False
     saving.begin(state(3), PLAN_0)
     assert names(tmp_path) == [1, 3]
@@ -152,6 +156,59 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path, name
     if name != STATE:
         with pytest.raises(ConfigError, match=r"no checkpoint is whole: .*; .*step_000001"):
             latest_whole(tmp_path)
+
+
+def test_what_is_done_again_after_damage_replaces_it(tmp_path: Path):
+    """Later checkpoints, whole or damaged, are of steps that are done again: they push nothing out."""
+    save(tmp_path, state(10), state(20), state(30), keep_last=3)
+    for step in (20, 30):
+        (tmp_path / f"step_{step:06d}" / WEIGHTS).write_text("damaged")
+    save(tmp_path, state(15), keep_last=2)
+    assert names(tmp_path) == [10, 15]
+    found = latest_whole(tmp_path)
+    assert found is not None
+    assert found[0].name == "step_000015"
+
+
+def test_other_directories_are_no_checkpoints(tmp_path: Path):
+    save(tmp_path, state(1, 0.5), state(2, 0.1), keep_last=2, keep_best=1)
+    (tmp_path / "step_best").symlink_to("step_000001")
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001.keep")
+    (tmp_path / "step_000001" / STATE).write_text("{")  # unreadable: it has no accuracy to be kept for
+    save(tmp_path, state(3, 0.2), keep_last=1, keep_best=1)
+    assert names(tmp_path) == [3]
+    assert (tmp_path / "step_000001.keep").is_dir()
+
+
+def test_what_cannot_be_deleted_stops_no_saving(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    elsewhere = tmp_path / "elsewhere"
+    save(elsewhere, state(1))
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    (root / "step_000001").symlink_to(elsewhere / "step_000001")
+    (root / ".old_step_000000").write_text("no directory")
+    assert save(root, state(2), state(3), keep_last=1).failed == 0
+    assert names(root) == [3]
+    assert "could not be deleted" in caplog.text
+    assert load_state(elsewhere / "step_000001") == state(1), "what a link leads to stays"
+
+
+def test_what_was_whole_and_not_yet_renamed_is_taken(tmp_path: Path):
+    save(tmp_path, state(1), state(2))
+    (tmp_path / "step_000002").rename(tmp_path / ".writing_step_000002")
+    (tmp_path / ".writing_step_000003").mkdir()
+    recover(tmp_path)
+    assert names(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../step_000001/weights.safetensors"])
+def test_a_state_that_names_files_elsewhere_is_damaged(tmp_path: Path, name: str):
+    save(tmp_path, state(1), state(2))
+    path = tmp_path / "step_000002"
+    write_state(path, state(2), {name: FileFacts(1, "0")})
+    assert damage(path) == f"{path / STATE} names {name}, which is not in it"
+    (path / STATE).write_text("[" * 100_000)
+    assert "cannot be read" in str(damage(path))
 
 
 def test_another_format_is_named(tmp_path: Path):

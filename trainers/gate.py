@@ -56,7 +56,7 @@ class Gate:
         """
         if not self._every or step % self._every:
             return {}
-        differences = self.differences(VARIANTS["both parts"])
+        differences = self.differences(VARIANTS["both parts"], step)
         together = torch.cat(list(differences.values()))
         wrong = [engine for engine, values in differences.items() if not float(values.mean()) <= self.limit]
         if wrong:  # also where it is no number
@@ -66,12 +66,11 @@ class Gate:
             "sync/logprob_diff_p99": float(together.quantile(0.99)),
         }
 
-    def differences(self, parts: Sequence[str]) -> dict[int, torch.Tensor]:
-        """By engine: |engine's - learner's log-probability| of each token it sampled, where both have `parts`."""
+    def differences(self, parts: Sequence[str], step: int) -> dict[int, torch.Tensor]:
+        """By engine: |engine's - learner's log-probability| of each token it sampled, where both have `parts`. What is
+        sampled is decided by the step, so that a resumed run samples the same."""
         self._checked += 1
-        requests = [
-            Request(f"{r.id}#{self._checked}", r.prompt_ids, r.sampling, r.seed + self._checked) for r in self._requests
-        ]
+        requests = [Request(f"{r.id}#{self._checked}", r.prompt_ids, r.sampling, r.seed + step) for r in self._requests]
         answers = self._workplace.pool.ask_each(requests)
         sampled = [
             (engine, TrainSequence(request.prompt_ids, c.token_ids, c.logprobs, 0.0))
@@ -91,7 +90,7 @@ class Gate:
         found = {}
         for what, parts in VARIANTS.items():
             self._workplace.sync(version, parts=parts)
-            found[what] = {engine: float(values.mean()) for engine, values in self.differences(parts).items()}
+            found[what] = {engine: float(values.mean()) for engine, values in self.differences(parts, version).items()}
         self._workplace.sync(version)
         return found
 

@@ -9,24 +9,22 @@ from typing import Literal
 from hybrid_rl.checkpoint import TrainerState
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
-from hybrid_rl.drawings import draw_curve, draw_plan, draw_routing
+from hybrid_rl.drawings import draw_curve, draw_routing
 from hybrid_rl.evaluate import evaluate
-from hybrid_rl.export import provenance
 from hybrid_rl.learner.assemble import assemble, lr_scales, mini_batches
 from hybrid_rl.learner.measures import NO_UPDATE
 from hybrid_rl.logs import log_to
-from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.redaction import scrub_files
 from hybrid_rl.report import write_report
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.screen import RunScreen
 from hybrid_rl.step_clock import StepClock
 from trainers.async_grpo import Overlapped
+from trainers.begin import begin
 from trainers.gate import Gate
 from trainers.preflight import check_surroundings
-from trainers.ranking import make_plan
 from trainers.record import Recorder
-from trainers.resume import Resumption, can_resume, evaluated_at, find_resumption, restore
+from trainers.resume import Resumption, can_resume, check_shared, find_resumption, restore, standing
 from trainers.setup import Task, Workplace, check_task, open_workplace
 from trainers.step import InTurn, RolloutSource, SkipGuard
 from trainers.stopping import Stopped, StopSignal
@@ -39,16 +37,14 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
     `resume`: go on with the run in `run.dir`; `auto`: if it has a checkpoint, else begin, or begin again.
     """
     task, resumption = check_run(config, resume)
-    if resumption is None:
-        run = RunDirectory.create(config, name, again=resume == "auto")
-    else:
-        run = resumption.run
-        run.change_settings(config)
+    run = resumption.run if resumption else RunDirectory.create(config, name, again=resume == "auto")
     log_to(run.logs)
     run.write_machine()
     try:
         with StopSignal() as stop:
             _run(config, task, run, resumption, stop)
+    except Stopped:
+        raise Stopped(standing(run)) from None
     except ConfigError:
         run.discard()
         raise
@@ -68,11 +64,12 @@ def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Res
 def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption | None, stop: StopSignal) -> None:
     with RunScreen(config, task.too_long) as screen, open_workplace(config, task) as workplace:
         started = time.perf_counter()
+        check_shared(run, workplace.learner)
         if resumption is None:
-            plan, done = _start(config, task, run, workplace, screen)
+            plan, done = begin(config, task, run, workplace, screen)
         else:
-            plan, done = resumption.plan, resumption.state
-            restore(resumption, config, workplace)
+            plan, done = resumption.plan, restore(resumption, config, task, workplace)
+            run.change_settings(config)
             screen.show_plan(plan)
         gate = Gate(config, workplace, task.held_out)
         gate.check(done.step)
@@ -80,21 +77,21 @@ def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption |
             before = evaluate(workplace.answers, task.eval, config).metrics
             run.write_summary({**run.read_summary(), "eval_before": before})
         before = run.read_summary()["eval_before"]
-        screen.show_start(done.step, done.last_eval or before, evaluated_at(done, config))
+        screen.show_start(done.step, done.last_eval or before, done.evaluated)
         prompts = PromptSource(task.train, config.seed, done.prompts_drawn)
         source: RolloutSource = InTurn(config, workplace, prompts)
         if config.asynchrony.max_staleness:
             waiting = resumption.waiting if resumption else {}
             source = Overlapped(config, workplace, prompts, config.steps - done.step, waiting)
-        guard = SkipGuard(run, config.learner.max_skipped_updates)
-        with (
-            closing(source),
-            Recorder(config, task, workplace, plan, run, screen, done, started, resumption) as recorder,
-        ):
+        skipped = int(done.row.get("faults/skipped_in_a_row", 0))
+        guard = SkipGuard(run, config.learner.max_skipped_updates, skipped)
+        recorder = Recorder(config, task, workplace, plan, run, screen, done, started, resumption, stop)
+        with closing(source), recorder:
             try:
                 _loop(config, workplace, source, gate, recorder, guard, done, stop)
             except Stopped:
-                raise Stopped(recorder.leave(source.waiting())) from None
+                recorder.leave(source.waiting())
+                raise
         after = recorder.last_eval
         summary = {"eval_after": after, "steps": config.steps, "wall_seconds": recorder.wall_seconds}
         run.write_summary({**run.read_summary(), **summary})
@@ -102,22 +99,6 @@ def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption |
         draw_routing(run, plan)
         write_report(run.path)
         screen.show_result(run, before, after)
-
-
-def _start(
-    config: Config, task: Task, run: RunDirectory, workplace: Workplace, screen: RunScreen
-) -> tuple[AdaptationPlan, TrainerState]:
-    """Make the plan, and bring learner and engines to where training begins."""
-    started = time.perf_counter()
-    base = workplace.learner.base_digest()
-    plan = make_plan(config, task, workplace, screen.show_ranking)
-    run.write_summary({"ranking_seconds": time.perf_counter() - started, "plan_hash": plan.hash})
-    plan.save(run.plan)
-    draw_plan(plan, run.plan_image)
-    screen.show_plan(plan)
-    workplace.learner.build(plan, task.start)
-    workplace.sync(0)
-    return plan, TrainerState(0, 0, plan.hash, base=base, started_from=provenance(config))
 
 
 def _loop(
@@ -153,5 +134,6 @@ def _loop(
             with clock.time("gate"):
                 metrics = gate.check(step)
 
+            metrics["faults/skipped_in_a_row"] = guard.in_a_row
             metrics |= {"lr/full": config.full.lr * scale["full"], "lr/lora": config.lora_lr * scale["lora"]}
             recorder.write(step, clock, rollouts, data, stats, synced, source, metrics)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from hybrid_rl.checkpoint import Checkpoints, TrainerState, Waiting
 from hybrid_rl.config import Config
-from hybrid_rl.evaluate import evaluate
+from hybrid_rl.evaluate import evaluate, is_due
 from hybrid_rl.learner.assemble import Assembled, reward_metrics
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import RunDirectory
@@ -23,6 +23,7 @@ from hybrid_rl.types import StepStats
 from trainers.resume import Resumption, learner_layout
 from trainers.setup import Synced, Task, Workplace
 from trainers.step import Rollouts, RolloutSource, staleness_metrics
+from trainers.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Recorder:
         done: TrainerState,
         started: float,
         resumption: Resumption | None,
+        stop: StopSignal,
     ) -> None:
         """`done`: where the run stood at `started` (`time.perf_counter`), as `resumption` has it."""
         self._config, self._task, self._workplace, self._plan = config, task, workplace, plan
@@ -49,6 +51,7 @@ class Recorder:
         self._checkpoints = Checkpoints(run.checkpoints, config.checkpoint, workplace.learner)
         self._checkpoints.last = done.step if resumption else None
         self._damaged, self._unwritten = resumption.damaged if resumption else 0, 0
+        self._stop = stop
         self._faults: Mapping[str, int] = {}
         self._ranks = done.row.get("adalora/budget", sum(m.rank or 0 for m in plan.named("adalora")))
         """That AdaLoRA's schedule has left after the latest update."""
@@ -82,24 +85,25 @@ class Recorder:
         self._ranks = stats.metrics.get("adalora/budget", self._ranks)
         if step == config.steps:
             self._warn_of_ranks()
-        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
-            with clock.time("eval"):
+        self._checkpoints.poll()
+        faults = self._faults_so_far()
+        row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()} | self._log.faults()
+        self._faults = faults
+        # From here on the step can be saved; what is still to be evaluated, a resumed run evaluates.
+        self._done = replace(
+            self._done,
+            step=step,
+            prompts_drawn=source.position,
+            wall_seconds=self.wall_seconds,
+            row=row | clock.row(),
+            layout=learner_layout(config),
+        )
+        if is_due(step, config):
+            with clock.time("eval"), self._stop.released():
                 self.last_eval = evaluate(workplace.answers, self._task.eval, config).metrics
             row |= self.last_eval
+            self._done = replace(self._done, row=row | clock.row(), last_eval=self.last_eval, evaluated=step)
         with clock.time("checkpoint"):
-            self._checkpoints.poll()
-            faults = self._faults_so_far()
-            row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()} | self._log.faults()
-            self._faults = faults
-            self._done = replace(
-                self._done,
-                step=step,
-                prompts_drawn=source.position,
-                wall_seconds=self.wall_seconds,
-                last_eval=self.last_eval,
-                row=row | clock.row(),
-                layout=learner_layout(config),
-            )
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._checkpoints.begin(self._done, self._plan, source.waiting())
         row |= clock.row()
@@ -108,15 +112,14 @@ class Recorder:
         if step == config.steps:
             self._finish()
 
-    def leave(self, waiting: Waiting) -> str:
-        """Save the last finished step, unless it is. Returns what there is to go on from, for people."""
+    def leave(self, waiting: Waiting) -> None:
+        """Save the last finished step, unless it is."""
         if not self._done.row:
-            return "before its first step"
+            return
         self._checkpoints.finish()
         if self._checkpoints.last != self._done.step:
             self._checkpoints.begin(self._done, self._plan, waiting)
         self._finish()
-        return f"after step {self._done.step} of {self._config.steps}, which is saved"
 
     def _finish(self) -> None:
         self._checkpoints.finish()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hybrid_rl.checkpoint import LEARNER, PLAN, TrainerState, latest, latest_whole, load_state, load_waiting
+from hybrid_rl.checkpoint import LEARNER, PLAN, TrainerState, latest, latest_whole, load_state, load_waiting, recover
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.evaluate import evaluate, is_due
+from hybrid_rl.learner import LearnerGroup
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_difference import compare_plans
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.types import Completion
-from trainers.setup import Workplace
+from trainers.setup import Task, Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +44,32 @@ def find_resumption(config: Config) -> Resumption:
     """Raises `ConfigError` if `run.dir` holds no run to go on with, or one of other settings or of another plan."""
     run = RunDirectory.open(config)
     plan = AdaptationPlan.load(run.plan, "run.dir's plan")
+    recover(run.checkpoints)
     found = latest_whole(run.checkpoints)
     if found is None:
-        raise ConfigError(f"run.dir={str(run.path)!r} has no finished checkpoint to resume from; start the run anew")
+        raise ConfigError(
+            f"run.dir={str(run.path)!r} has no finished checkpoint to resume from; begin again with --auto-resume"
+        )
     checkpoint, problems = found
     for problem in problems:
         logger.warning("%s; going back to %s", problem, checkpoint.name)
     state = load_state(checkpoint)
     if state.plan_hash != plan.hash:
         raise ConfigError(_plan_changed(run, plan, checkpoint))
+    given = Path(config.plan.path) if config.plan.path is not None else None
+    if given is not None and given.is_file() and AdaptationPlan.load(given).hash != plan.hash:
+        raise ConfigError(f"plan.path={config.plan.path!r} is not the plan that {run.path} is trained by; drop it")
+    if plan.named("adalora") and run.steps != config.steps:
+        raise ConfigError(
+            f"steps={config.steps}: {run.path} has adalora modules, whose phases were laid out for {run.steps} steps; "
+            "leave it at that"
+        )
     return Resumption(run, plan, checkpoint, state, load_waiting(checkpoint), len(problems))
 
 
-def restore(resumption: Resumption, config: Config, workplace: Workplace) -> None:
-    """Bring learner and engines to where the run stood."""
+def restore(resumption: Resumption, config: Config, task: Task, workplace: Workplace) -> TrainerState:
+    """Bring learner and engines to where the run stood; evaluate the policy there if the run was stopped before it came
+    to that."""
     state, run, learner = resumption.state, resumption.run, workplace.learner
     if state.base not in ("", learner.base_digest()):
         raise ConfigError(
@@ -72,12 +86,28 @@ def restore(resumption: Resumption, config: Config, workplace: Workplace) -> Non
     learner.build(resumption.plan)
     learner.load(str(resumption.checkpoint.resolve() / LEARNER))
     workplace.sync(state.step)
+    if is_due(state.step, config) and "eval/accuracy" not in state.row:
+        found = evaluate(workplace.answers, task.eval, config).metrics
+        state = replace(state, row={**state.row, **found}, last_eval=found, evaluated=state.step)
+    return state
 
 
-def evaluated_at(state: TrainerState, config: Config) -> int:
-    """The step of the latest held-out evaluation."""
-    every = config.eval.every
-    return state.step // every * every if state.last_eval and every else 0
+def check_shared(run: RunDirectory, learner: LearnerGroup) -> None:
+    """Raises `ConfigError` if a rank could not save where the driver looks for it."""
+    blind = learner.blind(str(run.config.resolve()))
+    if blind:
+        raise ConfigError(
+            f"run.dir={str(run.path)!r} is not there for learner ranks {blind}, which are on other machines; put it on "
+            "a file system that all of them share, where checkpoints are written"
+        )
+
+
+def standing(run: RunDirectory) -> str:
+    """Where a run stands that was asked to end."""
+    saved = latest(run.checkpoints)
+    if saved is None:
+        return "before anything was saved; --auto-resume begins again"
+    return f"and {saved.name} is saved; --resume goes on"
 
 
 def learner_layout(config: Config) -> str:

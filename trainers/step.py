@@ -173,24 +173,28 @@ def staleness_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, 
 class SkipGuard:
     """Keeps the batches whose gradient was not finite, and stops a run that no longer learns."""
 
-    def __init__(self, run: RunDirectory, limit: int) -> None:
+    def __init__(self, run: RunDirectory, limit: int, in_a_row: int) -> None:
+        """`in_a_row`: updates skipped at the end of what was done before."""
         self._run, self._limit = run, limit
-        self._in_a_row = 0
+        self.in_a_row = in_a_row
 
     def see(self, step: int, batch: TrainBatch, metrics: Mapping[str, float]) -> None:
         """Raises `RuntimeError` after `limit` skipped updates without one that was applied in between."""
         skipped = int(metrics["faults/skipped_updates"])
         if not skipped:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return
-        path = self._run.write_skipped(step, batch)
-        logger.warning(
-            "step %d: %d updates skipped, a gradient was not finite; the batch is in %s", step, skipped, path
-        )
+        kept = self._run.skipped_of(step)
+        try:
+            self._run.write_skipped(step, batch)
+            where = f"the batch is in {kept}"
+        except OSError as error:
+            where = f"the batch could not be written: {error}"
+        logger.warning("step %d: %d updates skipped, a gradient was not finite; %s", step, skipped, where)
         last = int(metrics["faults/skipped_in_a_row"])
-        self._in_a_row = self._in_a_row + last if last == metrics["policy/updates"] else last
-        if self._in_a_row >= self._limit:
+        self.in_a_row = self.in_a_row + last if last == metrics["policy/updates"] else last
+        if self.in_a_row >= self._limit:
             raise RuntimeError(
-                f"{self._in_a_row} updates in a row were skipped because a gradient was not finite "
-                f"(learner.max_skipped_updates={self._limit}); look at {path}, or lower full.lr and lora.lr"
+                f"{self.in_a_row} updates in a row were skipped because a gradient was not finite "
+                f"(learner.max_skipped_updates={self._limit}); look at {kept}, or lower full.lr and lora.lr"
             )

@@ -11,7 +11,8 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The run was asked to end. As `KeyboardInterrupt`, it is nothing that those who mend failures should see."""
+    """The run was asked to end; the argument says where it stands. As `KeyboardInterrupt`, it is nothing that those who
+    mend failures should see."""
 
 
 class StopSignal:
@@ -33,6 +34,17 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     @contextmanager
+    def released(self) -> Iterator[None]:
+        """What is inside need not be done to its end, though it is within `held`."""
+        if self._asked:
+            self._leave()
+        self._held = False
+        try:
+            yield
+        finally:
+            self._held = True
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """What is inside is done to its end first."""
         if self._asked:  # and somebody took the exception for a failure
@@ -50,4 +62,4 @@ class StopSignal:
 
     def _leave(self) -> None:
         self._held = True  # a second signal does not disturb the saving
-        raise Stopped("before its first step")
+        raise Stopped

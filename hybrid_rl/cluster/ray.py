@@ -47,8 +47,7 @@ class RayCluster:
     """Starts Ray on this machine, or joins `cluster.address`."""
 
     def __init__(self, config: Config) -> None:
-        # `local`: without it Ray would join whatever cluster it finds on this machine, even one that is gone.
-        where: dict[str, Any] = {"address": "local", "include_dashboard": False}
+        where: dict[str, Any] = {"include_dashboard": False}
         if "RAY_ADDRESS" not in os.environ:  # else Ray would join what was last started here, if it is there or not
             where["address"] = "local"
         if config.cluster.address is not None:

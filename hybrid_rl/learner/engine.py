@@ -23,7 +23,7 @@ from hybrid_rl.adaptation.adapters import AdaLora
 from hybrid_rl.adaptation.molf import Fragment, MolfAdamW
 from hybrid_rl.config import Config
 from hybrid_rl.learner.adalora import RankAllocation
-from hybrid_rl.learner.shards import Shards, piece_key
+from hybrid_rl.learner.shards import Shards, put_state, take_state
 from hybrid_rl.weight_sync import BaseFiles
 
 _ADALORA = "adalora/"
@@ -185,43 +185,23 @@ class TrainingEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """This rank's share of the masters and of the optimizer's state, copied to CPU memory, and further facts: what
         `shards` writes, and the next step depends on."""
-        tensors: dict[str, Tensor] = {}
-        steps: dict[str, float] = {}
-        for name, fragment in self._named_fragments():
-            held = {"master": fragment.master, **self._optimizer.optimizer.state[fragment.master]}
-            steps[name] = float(held.pop("step", 0))
-            for kind, values in held.items():
-                part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
-                tensors[piece_key(kind, fragment.offset, name)] = part.to("cpu", copy=True)
+        tensors, steps = take_state(self._named_fragments(), self._optimizer.optimizer.state)
         facts: dict[str, Any] = {"steps": steps}
         if self._molf is not None:
             facts["running_means"] = self._molf.running_means
-        if self._allocation is not None:
+        if self._allocation is not None and deepspeed.comm.get_rank() == 0:  # the same on every rank
             averages, facts["adalora"] = self._allocation.state()
             tensors |= {f"{_ADALORA}{name}": tensor for name, tensor in averages.items()}
         return tensors, facts
 
-    @torch.no_grad()
     def restore(self, shards: Shards) -> None:
         """Take back what all ranks' `state` was, however many they were and under whatever ZeRO stage.
 
         Raises `ValueError` if some of it is missing.
         """
         self._forget_whole()
-        steps = {name: count for facts in shards.facts for name, count in facts["steps"].items()}
-        for masters in self._masters():
-            for master in masters:
-                master.detach().zero_()  # padding too
-        for name, fragment in self._named_fragments():
-            state = self._optimizer.optimizer.state[fragment.master]
-            for kind in shards.kinds:
-                values = fragment.master if kind == "master" else state.get(kind)
-                if values is None:
-                    values = state[kind] = torch.zeros_like(fragment.master)
-                part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
-                part.copy_(shards.read(kind, name, fragment.offset, fragment.length))
-            whole = isinstance(state.get("step"), int)  # DeepSpeed's optimizers count in plain numbers
-            state["step"] = int(steps[name]) if whole else torch.tensor(steps[name])
+        whole = self._config.learner.optimizer == "deepspeed"
+        put_state(shards, self._named_fragments(), self._optimizer.optimizer.state, whole)
         self._masters_changed()
         if self._molf is not None:
             self._molf.running_means = shards.facts[0]["running_means"]

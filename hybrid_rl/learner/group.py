@@ -23,8 +23,8 @@ class LearnerGroup:
         self.first = self._workers[0]
         """Rank 0."""
         self._training: Pending | None = None
-        self._lost: WorkerDied | None = None
-        """How the first rank was lost: the others would wait for it for ever."""
+        self._failure: Exception | None = None
+        """Of the first call that failed: its ranks may be waiting for one another for ever."""
 
     def connect(self, address: str, port: int) -> dict[str, Any]:
         """Join the ranks and load the model. Returns how it will be computed: `layout` and why, `whole_logits`."""
@@ -50,11 +50,11 @@ class LearnerGroup:
     def begin_train(self, batch: Any) -> Pending:
         """Train on a `TrainBatch`, or on a reference to one: a call whose result is `StepStats`. Ranks work in step;
         seconds are rank 0's."""
-        self._training = _First([w.submit("train", batch) for w in self._workers], self._timeout, self._lose)
+        self._training = _First([w.submit("train", batch) for w in self._workers], self._timeout, self._fail)
         return self._training
 
-    def _lose(self, death: WorkerDied) -> None:
-        self._lost = death
+    def _fail(self, failure: Exception) -> None:
+        self._failure = failure
 
     @property
     def trains(self) -> bool:
@@ -87,6 +87,10 @@ class LearnerGroup:
         """Move every trained weight at random, as if it had been trained."""
         self._all("perturb", seed, scale)
 
+    def blind(self, path: str) -> list[int]:
+        """Ranks that do not see a file of the driver's."""
+        return [rank for rank, sees in enumerate(self._all("sees", path)) if not sees]
+
     def begin_save(self, directory: str) -> None:
         """Copy what training depends on, and begin to write it under `directory`."""
         self._all("begin_save", directory)
@@ -102,20 +106,21 @@ class LearnerGroup:
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Call every rank, and wait for all: the answers by rank."""
-        if self._lost is not None:
-            raise self._lost
+        if self._failure is not None:
+            raise self._failure
         try:
             return gather([w.submit(method, *args) for w in self._workers], self._timeout)
-        except WorkerDied as death:
-            self._lost = death
+        except Exception as failure:
+            if method != "saved" or isinstance(failure, WorkerDied):  # in which no rank waits for another
+                self._failure = failure
             raise
 
 
 class _First:
     """What every rank is doing, as one call with rank 0's result."""
 
-    def __init__(self, ranks: Sequence[Pending], limit: float | None, lost: Callable[[WorkerDied], None]) -> None:
-        self._ranks, self._limit, self._started, self._lost = list(ranks), limit, time.monotonic(), lost
+    def __init__(self, ranks: Sequence[Pending], limit: float | None, failed: Callable[[Exception], None]) -> None:
+        self._ranks, self._limit, self._started, self._failed = list(ranks), limit, time.monotonic(), failed
         self._result: list[Any] | None = None
 
     @property
@@ -128,8 +133,8 @@ class _First:
         if self._result is None:
             try:
                 self._result = gather(self._ranks, self._limit, self._started)
-            except WorkerDied as death:
-                self._lost(death)
+            except Exception as failure:
+                self._failed(failure)
                 raise
         return self._result[0]
 

@@ -11,7 +11,7 @@ import json
 import random
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hybrid_rl.adaptation.molf import Fragment
 
 _FACTS = "facts"
 _RANDOM = "random"
@@ -32,6 +34,53 @@ def shard_path(directory: Path, rank: int) -> Path:
 def piece_key(kind: str, offset: int, name: str) -> str:
     """Of the elements of a parameter from `offset` on; `kind`: `master`, or which moment."""
     return f"{kind}/{offset}/{name}"
+
+
+def take_state(
+    fragments: Iterable[tuple[str, Fragment]], states: Mapping[Tensor, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Copies on the CPU of what a rank holds: masters and moments by `piece_key`; and each parameter's Adam steps.
+
+    `fragments`: by parameter's name; `states`: the optimizer's, by master.
+    """
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
+    for name, fragment in fragments:
+        held = {"master": fragment.master, **states.get(fragment.master, {})}
+        steps[name] = float(held.pop("step", 0))
+        for kind, values in held.items():
+            part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
+            tensors[piece_key(kind, fragment.offset, name)] = part.to("cpu", copy=True)
+    return tensors, steps
+
+
+@torch.no_grad()
+def put_state(
+    shards: Shards,
+    fragments: Iterable[tuple[str, Fragment]],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    whole: bool,
+) -> None:
+    """Give masters and the optimizer what all ranks' `take_state` was. `whole`: it counts steps in plain numbers.
+
+    Raises `ValueError` if some of it is missing.
+    """
+    fragments = list(fragments)
+    for master in {fragment.master for _, fragment in fragments}:
+        master.detach().zero_()  # padding too
+        states.pop(master, None)  # what was saved before the first update has no moments
+    steps = {name: count for facts in shards.facts for name, count in facts["steps"].items()}
+    moments = shards.kinds - {"master"}
+    for name, fragment in fragments:
+        held = {"master": fragment.master}
+        if moments:
+            state = states.setdefault(fragment.master, {})
+            state["step"] = int(steps[name]) if whole else torch.tensor(steps[name])
+            state |= {kind: torch.zeros_like(fragment.master) for kind in moments - state.keys()}
+            held |= {kind: state[kind] for kind in moments}
+        for kind, values in held.items():
+            part = values.detach().view(-1)[fragment.start : fragment.start + fragment.length]
+            part.copy_(shards.read(kind, name, fragment.offset, fragment.length))
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -258,6 +258,10 @@ class LearnerWorker:
         """Move every trained weight by `scale` times normal noise, as if it had been trained."""
         self._engine.perturb(seed, scale)
 
+    def sees(self, path: str) -> bool:
+        """Whether a file of the driver's is there."""
+        return Path(path).is_file()
+
     def begin_save(self, directory: str) -> None:
         """Copy what training depends on into CPU memory, and begin to write it under `directory`; `saved` says when it
         is there. Rank 0 also writes the trained weights alone (`WEIGHTS`)."""

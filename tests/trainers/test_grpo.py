@@ -120,8 +120,8 @@ def inline(tree: dict, directory: Path, **changes: Any) -> dict:
 def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A resumed run must equal one that was never interrupted, in every metric and every weight."""
     checkpoint = {"every": 3, "keep_last": 5}
-    sync = {"anchor_every": 3}
-    same = {"steps": 6, "checkpoint": checkpoint, "sync": sync}
+    sync = {"anchor_every": 3, "gate": {"every": 2}}
+    same = {"steps": 6, "checkpoint": checkpoint, "sync": sync, "eval": {"every": 2, "k": 2}}
     whole = train(parse_config(inline(learnable, tmp_path / "whole", **same)), name="whole")
 
     tree = inline(learnable, tmp_path / "parts", **same)
@@ -132,7 +132,7 @@ def test_inline_runs_resume_where_they_stopped(learnable: dict, tmp_path: Path, 
             with pytest.raises(ended) as reason:
                 train(parse_config(tree), name="parts", resume=bool(resumed))
         if ended is Stopped:  # the step is done to its end, and saved though it is not its turn
-            assert str(reason.value) == f"after step {3 + resumed} of 6, which is saved"
+            assert str(reason.value) == f"and step_{3 + resumed:06d} is saved; --resume goes on"
     parts = train(parse_config(tree), name="parts", resume=True)
 
     rows, expected = read_metrics(parts.metrics), read_metrics(whole.metrics)
@@ -189,7 +189,7 @@ def test_a_run_that_is_stopped_before_its_first_step_begins_again(learnable: dic
     config = parse_config(inline(learnable, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainers.step.InTurn.next", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Stopped, match="before its first step"):
+        with pytest.raises(Stopped, match="before anything was saved; --auto-resume begins again"):
             train(config, name="run")
     with pytest.raises(ConfigError, match="has no finished checkpoint to resume from"):
         train(config, name="run", resume=True)
