@@ -76,6 +76,8 @@ def _save_all(rank: int, port: int, model: str, plan: str, root: str, layouts: l
     for layout in layouts:
         directory = Path(root) / _name(layout)
         worker = _worker(rank, port, model, plan, layout)
+        _save(worker, directory / "unmoved")  # before any update there are no moments
+        worker.load(str(directory / "unmoved"))
         _train(worker, range(3))
         _save(worker, directory / "begun")
         worker.load(str(directory / "begun"))
@@ -88,7 +90,10 @@ def _go_on(rank: int, port: int, model: str, plan: str, root: str, layouts: list
         worker = _worker(rank, port, model, plan, layout)
         for before in saved:
             directory = Path(root) / _name(before)
-            _train(worker, range(1))
+            if before == saved[0]:  # into a learner that has done nothing yet
+                worker.load(str(directory / "unmoved"))
+                _train(worker, range(3))
+                _save(worker, directory / f"moved-{_name(layout)}")
             worker.load(str(directory / "begun"))
             _save(worker, directory / f"again-{_name(layout)}")
             worker.load(str(directory / "begun"))
@@ -121,6 +126,9 @@ def test_any_learner_goes_on_where_another_stopped(tiny_model: Path, tmp_path: P
         for layout in same_ranks + elsewhere:
             again = everything(directory / f"again-{_name(layout)}", names)
             assert all(torch.equal(again[what], begun[what]) for what in begun), (before, layout)
+            if layout == before == saved[0]:
+                moved = everything(directory / f"moved-{_name(layout)}", names)
+                assert all(torch.equal(moved[what], begun[what]) for what in begun)
             found = everything(directory / f"ended-{_name(layout)}", names)
             for what, wanted in ended.items():
                 if layout == before:
