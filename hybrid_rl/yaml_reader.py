@@ -127,20 +127,36 @@ def short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
-_PASSWORD_IN_URL = re.compile(r"://[^/\s@:]*:[^/\s@]+@|[?&](?:[\w-]*(?:key|token|secret)|password)=", re.IGNORECASE)
-_KNOWN_SECRET = re.compile(r"^(?:Bearer |sk-|hf_|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}", re.IGNORECASE)
-_SECRET_NAME = re.compile(
-    r"(?:^|_)(?:(?:api|access|secret|private|auth)_?key|password|passwd|secret|credentials?)$", re.IGNORECASE
+_PASSWORD_IN_URL = re.compile(
+    r"://[^/\s@:]*:[^/\s@]+@|https?://(?=[a-z_]*\d)\w{20,}@"  # the latter a token for a name
+    r"|[?&](?:[\w-]*(?:key|token|secret|signature)|password|sig)=",
+    re.IGNORECASE,
 )
-_MAYBE_SECRET_NAME = re.compile(r"(?:^|_)(?:key|token)$", re.IGNORECASE)  # also of a dictionary, or of a text
-_OPAQUE = re.compile(r"(?=.*\d)[\w.+/=-]{16,}")
+_KNOWN_SECRET = re.compile(
+    r"""(?<![A-Za-z0-9])(?:
+        sk-(?:(?:proj|svcacct|admin|ant-[a-z]+\d\d|or-v1)-[\w-]{20,} | [A-Za-z0-9]{20,})  # OpenAI and others
+        | hf_[A-Za-z0-9]{30,} | gh[oprsu]_[A-Za-z0-9]{36,} | github_pat_\w{22,} | glpat-[\w-]{20,}
+        | xox[abeoprs]-[\w-]{20,} | (?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9]) | AIza[\w-]{35}  # Slack, AWS, Google
+        | [Bb]earer\ [\w.~+/=-]{20,} | eyJ[\w-]{10,200}\.eyJ  # JSON web tokens
+        | -----BEGIN\ [A-Z ]*PRIVATE\ KEY )""",
+    re.VERBOSE,
+)
+_SECRET = (
+    r"(?:(?:api|access|secret|private|auth)[_-]?key"
+    r"|(?:api|access|auth|bearer|refresh|hf|hub|huggingface|github|gitlab|slack|wandb|openai)[_-]token"
+    r"|password|passwd|secret|credentials?)"
+)
+_SECRET_NAME = re.compile(rf"(?:^|[_-]){_SECRET}$", re.IGNORECASE)
+_SECRET_OPTION = re.compile(rf"(?:^|\s)-{{1,2}}(?:[\w-]+[_-])?{_SECRET}[=\s](?!\$)\S", re.IGNORECASE)
+_MAYBE_SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token)$", re.IGNORECASE)  # also of a dictionary, or of a text
+_OPAQUE = re.compile(r"(?=.*\d)(?=.*[a-z])(?=.*[A-Z])[\w.+/=-]{20,}|[0-9a-f]{32,}")
 
 
 def refuse_secrets(tree: Any) -> None:
     """Settings are written into a run's directory, its reports and trackers: raises `ConfigError` for a password in a
     URL, and for a key or token. Its value is not shown."""
     for path, leaf in _leaves(tree, ()):
-        name = str(path[-1])[:60] if path else ""
+        name = next((str(part)[:60] for part in reversed(path) if not isinstance(part, int)), "")
         if not isinstance(leaf, str) or not leaf:
             continue
         where = ".".join(str(part)[:60] for part in path)
@@ -150,7 +166,8 @@ def refuse_secrets(tree: Any) -> None:
                 "environment variable and leave it out of the URL"
             )
         named = _SECRET_NAME.search(name) or (_MAYBE_SECRET_NAME.search(name) and _OPAQUE.fullmatch(leaf))
-        if leaf is not path[-1] and (named or _KNOWN_SECRET.match(leaf)):
+        told = _KNOWN_SECRET.search(leaf) or _SECRET_OPTION.search(leaf)
+        if leaf is not path[-1] and (named or told):
             raise ConfigError(
                 f"{where} holds a secret; settings are written into the run, so give it by environment variable: a "
                 "reward reads os.environ, or takes the variable's name (rewards.judge: api_key_env)"
