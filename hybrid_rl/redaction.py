@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _WORDS = frozenset({"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials"})
 """Of the names of variables whose values are secrets."""
@@ -19,10 +21,13 @@ _SHORTEST = 8
 
 def scrub(text: str) -> str:
     """`text` without the values of environment variables that are secrets, also where JSON escapes them."""
-    for value, name in _secrets().items():
-        for form in (value, json.dumps(value)[1:-1]):
-            text = text.replace(form, f"({name}, left out)")
-    return text
+    return _scrub(text, _secrets())
+
+
+def scrub_tree(tree: Any) -> Any:
+    """The same of all text in a tree that is to be written as JSON or YAML, names included. Numbers stay what they are,
+    also where a secret has the same digits; anything that JSON has no form for becomes text."""
+    return _scrub_tree(tree, _secrets())
 
 
 def scrub_files(directory: Path) -> None:
@@ -41,6 +46,23 @@ def scrub_files(directory: Path) -> None:
                 ):
                     clean.writelines(map(scrub, file))
                 aside.replace(path)
+
+
+def _scrub(text: str, secrets: Mapping[str, str]) -> str:
+    for value, name in secrets.items():
+        for form in (value, json.dumps(value)[1:-1]):
+            text = text.replace(form, f"({name}, left out)")
+    return text
+
+
+def _scrub_tree(tree: Any, secrets: Mapping[str, str]) -> Any:
+    if tree is None or isinstance(tree, int | float):
+        return tree
+    if isinstance(tree, Mapping):
+        return {_scrub_tree(name, secrets): _scrub_tree(value, secrets) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_scrub_tree(value, secrets) for value in tree]
+    return _scrub(str(tree), secrets)
 
 
 def _secrets() -> dict[str, str]:

@@ -158,7 +158,7 @@ def eval_command(
         write_atomically(written, json.dumps(result.tree(), indent=1) + "\n")
     if out is not None and result.found is not None:
         lines = [
-            json.dumps({"greedy": greedy, **record(group, i)}, default=str)
+            json.dumps({"greedy": greedy, **record(group, i)})
             for greedy, groups in ((True, result.found.greedy), (False, result.found.sampled))
             for group in groups
             for i in range(len(group.completions))

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybrid_rl.config import Config
 from hybrid_rl.files import Lines, write_atomically
-from hybrid_rl.redaction import scrub
+from hybrid_rl.redaction import scrub_tree
 from hybrid_rl.run_directory import RunDirectory, read_metrics
 from hybrid_rl.samples import read_rollouts, spread
 from hybrid_rl.tracking.alerts import Alert, Alerts
@@ -44,7 +44,7 @@ class MetricsLog:
             Opening,
             run=run,
             config=config,
-            settings=json.loads(scrub(config.model_dump_json(by_alias=True))),
+            settings=scrub_tree(config.model_dump(mode="json", by_alias=True)),
             identity=run.identity(),
             told=int(before[-1]["step"]) if before else 0,
             first=self._done + 1,
