@@ -1,4 +1,4 @@
-"""Text from a model or a file, made so that nothing in it acts on what shows it."""
+"""Text for people: from a model or a file, made so that nothing in it acts on what shows it; and spans of time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ def visible(text: str, limit: int | None = None) -> str:
     cut = text if limit is None else text[:limit]
     shown = _ACTING.sub(_spelt, cut)
     return shown + (f" … ({len(text) - len(cut):,} more characters)" if len(cut) < len(text) else "")
+
+
+def span(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 07 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _spelt(found: re.Match[str]) -> str:

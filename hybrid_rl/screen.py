@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybrid_rl.config import Config
-from hybrid_rl.plain_text import visible
+from hybrid_rl.plain_text import span, visible
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.tables import plan_table
@@ -153,7 +153,7 @@ class RunScreen:
         if not self._rows:
             return ""
         mean = sum(r["time/step"] for r in self._rows) / len(self._rows)
-        return f"{mean:.1f} s a step, {_span(mean * (self._steps - self._rows[-1]['step']))} left"
+        return f"{mean:.1f} s a step, {span(mean * (self._steps - self._rows[-1]['step']))} left"
 
     def _time_split(self) -> list[RenderableType]:
         """A bar of where the seconds of the steps shown went, and its legend."""
@@ -175,12 +175,6 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(values, default=0.0), max(values, default=0.0)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((value - low) * scale)] for value in values)
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _progress(console: Console) -> Progress:

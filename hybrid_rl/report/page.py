@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from hybrid_rl.charts import CHARTS, Chart
 from hybrid_rl.files import write_atomically
-from hybrid_rl.plain_text import visible
+from hybrid_rl.plain_text import span, visible
 from hybrid_rl.plan import AdaptationPlan, by, treatment_label
 from hybrid_rl.redaction import scrub
 from hybrid_rl.report import svg
@@ -142,7 +142,7 @@ def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
         tiles.append(("held-out accuracy", f"{held_out.values[-1]:.3f}", f"{change}, at step {held_out.steps[-1]:.0f}"))
     tiles.append(("steps", f"{contents.done}", f"of {contents.config.steps}"))
     if (wall := contents.summary.get("wall_seconds")) is not None:
-        tiles.append(("wall time", _span(wall), f"{_span(contents.summary['ranking_seconds'])} of it ranking"))
+        tiles.append(("wall time", span(wall), f"{span(contents.summary['ranking_seconds'])} of it ranking"))
     if seconds := sum(row["time/step"] for row in rows):
         generated = sum(row["tokens/generated"] for row in rows)
         tiles.append(("sampled tokens/s", f"{generated / seconds:,.0f}", f"{figure(generated)} tokens in all"))
@@ -156,12 +156,6 @@ def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
     faults = sum(contents.faults.values())
     tiles.append(("faults survived", f"{faults}", "none" if not faults else f"{len(contents.faults)} kinds, below"))
     return tiles
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _evaluation(contents: Contents) -> list[tuple[str, str, str, str]]:
@@ -195,7 +189,7 @@ def _times(contents: Contents) -> tuple[Markup, list[tuple[str, str, str]]] | No
     if not total:
         return None
     parts = {name.removeprefix("time/"): seconds for name, seconds in sums.items()}
-    told = [(name, _span(s) if s >= 1 else f"{s:.2f} s", f"{s / total:.1%}") for name, s in parts.items()]
+    told = [(name, span(s) if s >= 1 else f"{s:.2f} s", f"{s / total:.1%}") for name, s in parts.items()]
     return svg.shares(parts), told
 
 
