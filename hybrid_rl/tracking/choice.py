@@ -20,6 +20,8 @@ _PACKAGES = {
     "prometheus": ("prometheus_client", "prometheus-client"),
 }
 """What a tracker imports, and what is installed for it; wandb comes with this package."""
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+"""What MLflow opens by SQLAlchemy (its `store/db/db_types.py`), with or without a driver's name behind."""
 
 
 def chosen(config: Config) -> list[tuple[str, Callable[[Opening], Tracker]]]:
@@ -61,10 +63,13 @@ def _opener(name: str) -> Callable[[Opening], Tracker]:
 
 
 def _check_key() -> None:
+    """That there is one: whether the server takes it shows when the run is opened, which goes on offline if not."""
     import wandb
 
     try:
-        known = wandb.login(prompt=False)
+        # Not silent, it asks the server whose key it is, to greet by name; WANDB_MODE is not what counts here.
+        wandb.setup(wandb.Settings(silent=True, mode="online"))
+        known = wandb.login(prompt=False, verify=False)
     except (wandb.Error, ValueError) as error:
         raise ConfigError(f"tracking.wandb=online: {error}; run `wandb login`, or use tracking.wandb=offline") from None
     if not known:
@@ -75,7 +80,7 @@ def _check_key() -> None:
 
 
 def _check_uri(uri: str) -> None:
-    if urlsplit(uri).scheme.startswith("sqlite") and importlib.util.find_spec("sqlalchemy") is None:
+    if urlsplit(uri).scheme.startswith(_DATABASES) and importlib.util.find_spec("sqlalchemy") is None:
         raise ConfigError(f"tracking.mlflow={uri} needs more than mlflow-skinny; pip install sqlalchemy alembic")
 
 

@@ -6,7 +6,9 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 # Usage statistics are sent by those who ask for it; and a dead server is not waited for long.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -36,7 +38,10 @@ class _Mlflow:
         tracking, run = opening.config.tracking, opening.run
         self._client = MlflowClient(tracking_uri=tracking.mlflow)
         experiment = self._client.get_experiment_by_name(tracking.project)
-        place = experiment.experiment_id if experiment else self._client.create_experiment(tracking.project)
+        if experiment:
+            place = experiment.experiment_id
+        else:
+            place = self._client.create_experiment(tracking.project, artifact_location=_files(str(tracking.mlflow)))
         found = self._client.search_runs([place], f"tags.`{_TAG}` = '{opening.identity}'", max_results=1)
         if found:
             self._id = found[0].info.run_id
@@ -46,9 +51,10 @@ class _Mlflow:
         self.after = 0
         tags = {_TAG: opening.identity, **({"tags": ", ".join(tracking.tags)} if tracking.tags else {})}
         self._id = self._client.create_run(place, run_name=run.path.name, tags=tags).info.run_id
-        flat = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in _flat(opening.settings).items()]
-        for i in range(0, len(flat), _AT_ONCE):
-            self._client.log_batch(self._id, params=flat[i : i + _AT_ONCE])
+        flat = {_name(name): str(value)[:_LONGEST_PARAM] for name, value in _flat(opening.settings).items()}
+        params = [Param(name, value) for name, value in flat.items()]
+        for i in range(0, len(params), _AT_ONCE):
+            self._client.log_batch(self._id, params=params[i : i + _AT_ONCE])
         for path in (run.config, run.plan, run.plan_image):
             self._client.log_artifact(self._id, str(path))
 
@@ -67,6 +73,16 @@ class _Mlflow:
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+
+def _files(uri: str) -> str | None:
+    """Where an experiment's files go: beside a database that is a file, where MLflow alone would have the working
+    directory; elsewhere as MLflow or its server has it."""
+    if not urlsplit(uri).scheme.startswith("sqlite"):
+        return None
+    from sqlalchemy import make_url  # pyright: ignore[reportMissingImports]
+
+    return (Path(make_url(uri).database or "").resolve().parent / "mlruns").as_uri()
 
 
 def _name(name: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from PIL import Image
 
 from hybrid_rl.config import Config, ConfigError
@@ -23,7 +24,7 @@ from hybrid_rl.run_directory import RunDirectory, read_metrics
 from hybrid_rl.tracking import MetricsLog, check_trackers
 from hybrid_rl.tracking.alerts import Alert
 
-HOSTILE = '<script>alert(1)</script>\x1b[31m\x00\u202e[link](javascript:alert(2))"' + "x" * 1_000_000
+HOSTILE = '<script>alert(1)</script>\x1b[31m\x00\u202e[link](javascript:alert(2))"' + "x" * 10_000
 
 
 @pytest.fixture
@@ -94,10 +95,14 @@ def test_wandb_has_metrics_plan_and_rollouts_in_which_nothing_acts(start: Callab
 
 
 def test_wandb_that_cannot_be_reached_goes_on_offline(
-    start: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: Callable, tiny_tree: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    wandb.teardown()  # it keeps what the environment said first
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{_free_port()}")
+    began = time.monotonic()
+    check_trackers(parse_config({**tiny_tree, "tracking": {"wandb": "online"}}))
+    assert time.monotonic() - began < 5, "the server is not asked"
     run, log, _ = start(wandb="online", timeout=2)
     for i in range(1, 4):
         step(log, i)
@@ -109,6 +114,7 @@ def test_wandb_that_cannot_be_reached_goes_on_offline(
     (said,) = (r.getMessage() for r in caplog.records if "tracking by" in r.getMessage())
     assert "tracking by wandb fails" in said
     assert "kept offline" in said
+    wandb.teardown()
 
 
 def test_tensorboard_has_each_step_once_after_a_resumption(start: Callable):
@@ -342,12 +348,28 @@ def test_what_a_tracker_needs_is_looked_for_first(tiny_tree: dict, monkeypatch: 
             check_trackers(parse_config({**tiny_tree, "tracking": tracking}))
 
 
+@pytest.mark.parametrize("scheme", ["sqlite", "postgresql", "mysql+pymysql", "mssql"])
+def test_mlflow_needs_sqlalchemy_for_a_database(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch, scheme: str):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sqlalchemy" else object())
+    for uri in ("http://host:5000", "https://host", "databricks://profile", "file:///mlruns"):
+        check_trackers(parse_config({**tiny_tree, "tracking": {"wandb": "disabled", "mlflow": uri}}))
+    config = parse_config({**tiny_tree, "tracking": {"wandb": "disabled", "mlflow": f"{scheme}://host/name"}})
+    with pytest.raises(ConfigError, match=r"tracking.mlflow=.* pip install sqlalchemy alembic"):
+        check_trackers(config)
+
+
 @pytest.mark.slow
-def test_mlflow_has_each_step_once_after_a_resumption(start: Callable, tmp_path: Path):
+def test_mlflow_has_each_step_once_after_a_resumption(
+    start: Callable, tiny_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     from mlflow import MlflowClient
 
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    tiny_tree["plan"] = {**tiny_tree.get("plan", {}), "components": {"*.q_proj": "attention"}}
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     _, log, _ = start(mlflow=uri, tags=["a tag"], timeout=60)
     rows = [step(log, i) for i in range(1, 5)]
@@ -363,6 +385,10 @@ def test_mlflow_has_each_step_once_after_a_resumption(start: Callable, tmp_path:
     assert [m.step for m in client.get_metric_history(found.info.run_id, "reward/mean")] == [1, 2, 3, 4, 5, 6]
     assert (found.info.status, found.data.tags["tags"]) == ("FINISHED", "a tag")
     assert found.data.params["model.path"] == config.model.path
+    assert found.data.params["plan.components._.q_proj"] == "attention"
+    assert found.info.artifact_uri.startswith((tmp_path / "mlruns").as_uri())
+    assert {f.path for f in client.list_artifacts(found.info.run_id)} >= {"config.yaml", "plan.json", "rollouts"}
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.slow
