@@ -31,18 +31,11 @@ def main() -> int:
         environment = _environment(options.env)
         _check(options.working_dir, options.config, options.settings)
         client = _client(options.address)
+        words = ["hybrid-rl", "train", options.config, *options.settings, "cluster.address=auto"]
+        job = _submit(client, shlex.join(words), environment)
     except ConfigError as error:
         print(f"submit: {error}", file=sys.stderr)
         return 2
-    words = ["hybrid-rl", "train", options.config, *options.settings, "cluster.address=auto"]
-    job = client.submit_job(
-        entrypoint=shlex.join(words),
-        runtime_env={
-            "working_dir": str(options.working_dir),
-            "excludes": list(_NOT_UPLOADED),
-            "env_vars": environment,
-        },
-    )
     at = f"--address {options.address}"
     print(
         f"submit: job {job}: {shlex.join(words)}\nsubmit: stop it, saving, by: ray job stop {at} {job}", file=sys.stderr
@@ -94,7 +87,10 @@ def _environment(names: list[str]) -> dict[str, str]:
 
 def _check(directory: Path, config_file: str, words: list[str]) -> None:
     """Refuse here, before anything is uploaded, what would be refused or lost there."""
-    os.chdir(directory)
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise ConfigError(f"--working-dir {directory} cannot be entered: {error.strerror}") from None
     settings = [word for word in words if word not in ("--resume", "--auto-resume")]
     config = load_config(config_file, settings)
     if config.cluster.address is not None:
