@@ -68,7 +68,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart("Rewards", ("faults/reward_*", "reward/unscored"), "completions", stacked=True, counts=True),
         Chart("Environments", ("faults/environment_*",), "completions", stacked=True, counts=True),
         Chart("Updates skipped", ("faults/skipped_updates",), "updates", stacked=True, counts=True),
-        Chart("Checkpoints", ("faults/*_checkpoints",), "checkpoints", stacked=True, counts=True),
+        Chart("Files", ("faults/*_checkpoints", "faults/unwritten_files"), "files", stacked=True, counts=True),
         Chart("Trackers", ("faults/tracking_*",), "events", stacked=True, counts=True),
     ),
 }
