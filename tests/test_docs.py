@@ -112,10 +112,8 @@ def test_commands_in_the_text_exist(page: Path):
 def test_commands_parse(block: Block):
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     for words in commands(block):
-        while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("timeout", "exec")):  # of the environment
-            words = words[1:]
-        if words[:1] == ["hybrid-rl"]:
-            options = read_command_line(words[1:])
+        if "hybrid-rl" in words:
+            options = read_command_line(words[words.index("hybrid-rl") + 1 :])
             recipe = ROOT / _STANDS_FOR.get(getattr(options, "config", ""), getattr(options, "config", ""))
             if "config" in options and recipe.is_file():
                 load_config(recipe, options.overrides)
@@ -155,11 +153,11 @@ def test_commands_that_no_test_runs_are_listed(block: Block):
     pytest.skip(str(block.not_run))
 
 
-_SHORT = "steps=2 batch.prompts=4 data.eval_size=4 plan.prompts=4 plan.probe.steps=1 plan.probe.mini_batches=1"
+_SHORT = "steps=4 batch.prompts=4 data.eval_size=4 plan.prompts=4 plan.probe.steps=1 plan.probe.mini_batches=1"
 _ONE_PROCESS = "cluster.backend=inline learner.world_size=1 rollout.engine=transformers rollout.engines=1"
 _SHIM = f"""\
 #!{sys.executable}
-# `hybrid-rl` as it is, of two small steps and, where the command allows it, in one process.
+# `hybrid-rl` as it is, of four small steps and, where the command allows it, in one process.
 import sys
 from hybrid_rl.cli import main
 
