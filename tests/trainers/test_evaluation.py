@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_rl.adaptation import apply_plan
 from hybrid_rl.adaptation.matryoshka import TrainedRanks
+from hybrid_rl.checkpoint import WEIGHTS, checkpoints, load_state, write_state
 from hybrid_rl.cli import main
 from hybrid_rl.config import ConfigError, WarmStartConfig
 from hybrid_rl.config_file import load_config, parse_config
 from hybrid_rl.evaluate import aurac
 from hybrid_rl.export import FORMATS, export_run
+from hybrid_rl.files import describe
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import RunDirectory, read_metrics
 from trainers.evaluation import evaluate_policy
@@ -180,7 +183,7 @@ def test_an_export_scores_as_its_run_did(run: RunDirectory, tmp_path: Path, to: 
         (["--export", "{empty}"], ["--export", "is no export"]),
         (["--checkpoint", "{edited}"], ["plan.json was changed since step_000002 was saved"]),
         (["--checkpoint", "{run}", "sync.transport=nccl"], ["sync.transport=nccl", "sync.transport=object_store"]),
-        (["--checkpoint", "{bare}"], ["has no weights.safetensors"]),
+        (["--checkpoint", "{bare}"], ["no checkpoint is whole", "weights.safetensors is not what was written"]),
         (["--checkpoint", "{refitted}"], ["--checkpoint", "weights.safetensors is not of this plan"]),
     ],
 )
@@ -235,8 +238,9 @@ def refitted(run: Path) -> None:
 
 def claim(run: Path) -> None:
     plan = AdaptationPlan.load(run / "plan.json")
-    for state in run.glob("checkpoints/*/state.json"):
-        state.write_text(json.dumps({**json.loads(state.read_text()), "plan_hash": plan.hash}))
+    for checkpoint in checkpoints(run / "checkpoints"):
+        state = replace(load_state(checkpoint), plan_hash=plan.hash)
+        write_state(checkpoint, state, {WEIGHTS: describe(checkpoint / WEIGHTS)})
 
 
 def bare(run: Path) -> None:
@@ -325,7 +329,7 @@ def test_a_reward_that_stops_a_run_is_said_in_one_screen(
 ):
     (tmp_path / "chatty.py").write_text("def chatty(completions):\n    return [c[0]['content'] for c in completions]\n")
     assert main(["eval", str(run.config), f"rewards=[{{plugin: {tmp_path}/chatty.py:chatty}}]", "eval.k=0"]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err
     assert "chatty failed on" in said
     assert "TypeError: string indices must be integers" in said
     assert "`hybrid-rl reward test`" in said
