@@ -34,7 +34,7 @@ def submit(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (["--", CONFIG, ELSEWHERE, "run.dir=/shared/x", "stepz=1"], "stepz"),
         (["--", CONFIG, "run.dir=/shared/x", "model.path=configs"], "model.path='configs'"),
         (["--working-dir", "nowhere", "--", CONFIG, "run.dir=/shared/x"], "--working-dir nowhere cannot be entered"),
-        (["--working-dir", "docs", "--", "README.md", "run.dir=/shared/x"], "README.md must hold a mapping"),
+        (["--working-dir", "docs", "--", "README.md", "run.dir=/shared/x"], "config file README.md"),
         (["--env", "SURELY_NOT_SET", "--", CONFIG, ELSEWHERE, "run.dir=/shared/x"], "--env SURELY_NOT_SET"),
         (["--env", "KEY=value", "--", CONFIG, ELSEWHERE, "run.dir=/shared/x"], "it takes a name"),
     ],
