@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hybrid_rl.machine import host_memory
+
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
 PORTS = {6379: "Ray's head (GCS)", 8265: "Ray's dashboard and jobs", 10001: "Ray's clients", 52365: "Ray's agent"}
@@ -148,7 +150,7 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    memory = psutil.virtual_memory()
+    memory = host_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     short = memory.available < 4 * GIB
     todo = "a run on CPUs takes some 0.7 GiB a learner rank and 1.7 a vLLM engine; `hybrid-rl estimate` says more"
