@@ -135,6 +135,8 @@ class RayCluster:
 
     def _fetch_logs(self) -> None:
         """Bring the logs of machines that do not see the driver's directory."""
+        if not self._workers:
+            return
         here, workers = ray.get_runtime_context().get_node_id(), sorted(set(self._workers))
         try:
             asked = [_on(node, self._logs.unseen, workers) for node in self.nodes() if node != here]

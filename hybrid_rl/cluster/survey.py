@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from hybrid_rl.config import Config
@@ -20,8 +21,15 @@ class Node:
     """Bytes."""
 
 
+def cluster_address(config: Config) -> str | None:
+    """Where the cluster is that a run joins, if it does not start one: `cluster.address`, else RAY_ADDRESS."""
+    if config.cluster.backend == "inline":
+        return None
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
 def survey(config: Config) -> list[Node]:
-    """The machines of the cluster at `cluster.address`. Joins it for as long as that takes; starts no worker. Raises
+    """The machines of the cluster that a run joins. Joins it for as long as that takes; starts no worker. Raises
     `ConfigError` if it cannot be joined."""
     from hybrid_rl.cluster.ray import RayCluster
 
