@@ -18,7 +18,6 @@ from itertools import accumulate, groupby
 from typing import Any, Literal
 
 import torch
-from deepspeed.sequence.layer import _SeqAllToAll
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -140,7 +139,7 @@ def _segment_attention(
     if sequence_group is not None:
         # All the row's tokens for some of the heads, in place of the reverse.
         query, key, value = (
-            _SeqAllToAll.apply(sequence_group, x.transpose(1, 2), 2, 1, 0).transpose(1, 2) for x in (query, key, value)
+            _all_to_all(sequence_group, x.transpose(1, 2), 2, 1).transpose(1, 2) for x in (query, key, value)
         )
     lengths = _LENGTHS.get(cu_seq_lens_q) or cu_seq_lens_q.diff().tolist()
     runs = [(length, len(list(equal))) for length, equal in groupby(lengths)]
@@ -150,7 +149,14 @@ def _segment_attention(
         [x.unflatten(1, (-1, n)).transpose(0, 1) for x in piece] for (n, _), piece in zip(runs, pieces, strict=True)
     ]
     output = torch.cat([attend(*qkv).flatten(0, 1) for qkv in rows])[None]
-    return output if sequence_group is None else _SeqAllToAll.apply(sequence_group, output, 1, 2, 0), None
+    return output if sequence_group is None else _all_to_all(sequence_group, output, 1, 2), None
+
+
+def _all_to_all(group: Any, x: Tensor, scattered: int, gathered: int) -> Tensor:
+    """DeepSpeed's, imported at first use: the driver, which packs sequences too, does without it."""
+    from deepspeed.sequence.layer import _SeqAllToAll
+
+    return _SeqAllToAll.apply(group, x, scattered, gathered, 0)
 
 
 @dataclass(frozen=True)
