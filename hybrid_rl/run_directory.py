@@ -87,10 +87,10 @@ class RunDirectory:
     def _changes(self, config: Config) -> list[tuple[str, str]]:
         """Settings that are not those of `config.yaml`: the name of each, and what it was and is."""
         try:
-            then = _flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+            then = flatten(yaml.safe_load(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config} cannot be read ({error}); restore it, or start a new run") from None
-        now = _flatten(yaml.safe_load(dump_config(config)))
+        now = flatten(yaml.safe_load(dump_config(config)))
         names = [name for name in dict.fromkeys([*now, *then]) if now.get(name) != then.get(name)]
         return [(name, f"{name}: {then.get(name)} -> {now.get(name)}") for name in names]
 
@@ -209,11 +209,11 @@ def record(group: ScoredGroup, i: int) -> dict[str, Any]:
     return scrub_tree(told)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted name."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

@@ -19,6 +19,7 @@ from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
 from hybrid_rl.plain_text import visible
+from hybrid_rl.run_directory import flatten
 from hybrid_rl.tracking.alerts import Alert
 from hybrid_rl.tracking.tracker import Opening
 
@@ -51,7 +52,7 @@ class _Mlflow:
         self.after = 0
         tags = {_TAG: opening.identity, **({"tags": ", ".join(tracking.tags)} if tracking.tags else {})}
         self._id = self._client.create_run(place, run_name=run.path.name, tags=tags).info.run_id
-        flat = {_name(name): str(value)[:_LONGEST_PARAM] for name, value in _flat(opening.settings).items()}
+        flat = {_name(name): str(value)[:_LONGEST_PARAM] for name, value in flatten(opening.settings).items()}
         params = [Param(name, value) for name, value in flat.items()]
         for i in range(0, len(params), _AT_ONCE):
             self._client.log_batch(self._id, params=params[i : i + _AT_ONCE])
@@ -88,10 +89,3 @@ def _files(uri: str) -> str | None:
 def _name(name: str) -> str:
     """Of the characters that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
