@@ -28,6 +28,10 @@ RUNTIME = 200 * MIB
 CONTEXT = GIB
 """Of a process on a GPU: CUDA's context, NCCL's buffers, and what the allocator cannot use of its own."""
 
+LOADING = "the model while it is read, above the rest"
+"""A learner rank reads the whole model in float32 before DeepSpeed takes it over, onto its GPU too: the least that it
+takes, whatever ZeRO stage and precision it trains with. This part is what is missing to that."""
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -112,6 +116,8 @@ class ProcessMemory:
 
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
+    loading: int = 0
+    """Bytes of the model as a learner rank reads it."""
 
     @property
     def device_total(self) -> int:
@@ -123,9 +129,16 @@ class ProcessMemory:
 
 
 def learner_memory(
-    config: Config, anatomy: Anatomy, plan: AdaptationPlan, passed: Pass | None, *, micro_batches: int, gpu: bool
+    config: Config,
+    anatomy: Anatomy,
+    plan: AdaptationPlan,
+    passed: Pass | None,
+    *,
+    micro_batches: int,
+    gpu: bool,
+    first: bool = True,
 ) -> ProcessMemory:
-    """Of rank 0, which has most: it also sends weights and writes what is trained.
+    """Of rank 0, which has most, since it also sends weights and writes what is trained; of another if not `first`.
 
     `passed`: `None` leaves activations and logits out, for a lower bound. `micro_batches`: of a rank a mini-batch.
     """
@@ -151,33 +164,44 @@ def learner_memory(
     if passed is not None:
         parts["activations"] = passed.activations
         parts["logits and working memory"] = max(backward - bucket - passed.activations, 0)
-    copies = {"sync buffers": memory.payload}
+    payload = memory.payload if first else 0
+    copies = {"sync buffers": payload}
     if config.checkpoint.background:
-        copies["checkpoint being written"] = share + parts["fp32 masters"] + memory.masters
+        copies["checkpoint being written"] = share + parts["fp32 masters"] + (memory.masters if first else 0)
     # Two results of Adam's for a group; a bucket of an update, and what it is packed into.
-    between = max(2 * largest, 2 * min(memory.payload, config.sync.bucket_mib * MIB) if not gpu else 0)
+    between = max(2 * largest, 2 * min(payload, config.sync.bucket_mib * MIB) if not gpu else 0)
     parts["optimizer and sync"] = max(0, between - sum(parts[p] for p in _PASS if p in parts))
+    whole, itself = sum(w.params for w in anatomy.weights) * FP32, {"the process itself": IMPORTED["learner"] + RUNTIME}
     if not gpu:
-        parts = {p: n for p, n in parts.items() if n} | copies
-        return ProcessMemory(host={**parts, "the process itself": IMPORTED["learner"] + RUNTIME})
+        return ProcessMemory(host=_loaded(parts | copies, whole) | itself, loading=whole)
     moved = {"optimizer": _STATE, "all": (*_STATE, "weights")}.get(learner.offload, ())
     host = {p: parts.pop(p) for p in moved}
     if learner.offload != "none":
         del parts["optimizer and sync"]
-    loading = max(0, memory.weights // size * FP32 - sum(host.values()) - sum(copies.values()))
-    host |= {**copies, "the model while it is read": loading, "the process itself": IMPORTED["learner"] + RUNTIME}
-    parts["the process itself"] = CONTEXT
-    return ProcessMemory(*({p: n for p, n in side.items() if n} for side in (parts, host)))
+    device = _loaded(parts, whole) | {"the process itself": CONTEXT}
+    return ProcessMemory(device, _loaded(host | copies, whole) | itself, whole)
+
+
+def _loaded(parts: dict[str, int], whole: int) -> dict[str, int]:
+    """Those that are not empty, with what is missing of the `whole` model as it is read."""
+    return {p: n for p, n in (parts | {LOADING: max(0, whole - sum(parts.values()))}).items() if n}
 
 
 _STATE = ("fp32 masters", "optimizer moments", "gradients")
 _PASS = ("gradient bucket", "activations", "logits and working memory")
-_RESIDENT = ("weights", "fp32 masters", "optimizer moments", "base policy for the KL", "the process itself")
+_RESIDENT = ("weights", "fp32 masters", "optimizer moments", "base policy for the KL")
 
 
-def resident(learner: ProcessMemory) -> int:
-    """What a learner rank keeps on its GPU while an engine generates there."""
-    return sum(n for part, n in learner.device.items() if part in _RESIDENT)
+def resident(config: Config, learner: ProcessMemory) -> int:
+    """What a learner rank keeps on its GPU while an engine generates there, or starts. DeepSpeed has gradients in
+    buffers of its own from the beginning under ZeRO-3, and in bfloat16 under ZeRO-1."""
+    kept, stage = [*_RESIDENT], config.learner.zero_stage
+    if stage == 3:
+        kept += ["gradients", "gradient bucket"]
+    elif stage == 1 and config.model.dtype == "bfloat16":
+        kept.append("gradients")
+    held = sum(learner.device.get(part, 0) for part in kept)
+    return max(held, learner.loading) + learner.device["the process itself"]
 
 
 def engine_memory(
@@ -209,7 +233,10 @@ def engine_memory(
     parts = {p: n for p, n in {**parts, "KV cache": cached}.items() if n}
     if not gpu:
         return ProcessMemory(host={**parts, "the process itself": itself})
-    return ProcessMemory({**parts, "the process itself": CONTEXT}, {"the process itself": itself})
+    host = {"the process itself": itself}
+    if config.cluster.placement == "colocate":
+        host = {"weights while it sleeps": parts["weights"] + parts.get("adapter", 0), **host}
+    return ProcessMemory({**parts, "the process itself": CONTEXT}, host)
 
 
 def adapter_bytes(plan: AdaptationPlan, size: int) -> int:

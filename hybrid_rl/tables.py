@@ -1,4 +1,4 @@
-"""Tables for the terminal: plans, their totals and differences, memory, rounding, held-out scores."""
+"""Tables for the terminal: plans, their totals and differences, candidates, rounding, held-out scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hybrid_rl.components import Anatomy, Weight
 from hybrid_rl.config import Config
-from hybrid_rl.estimate import FP32, ITEM_SIZE, planned_memory, training_memory
+from hybrid_rl.estimate import FP32, GIB, ITEM_SIZE, MIB
 from hybrid_rl.plan import AdaptationPlan, by, treatment_label
 from hybrid_rl.plan_difference import PlanDifference
 from hybrid_rl.scoring import sketch_floats
@@ -97,43 +97,27 @@ def difference_table(difference: PlanDifference, other: str, top: int = 12) -> T
     return table
 
 
-def draft_tables(
-    config: Config, anatomy: Anatomy, candidates: Sequence[Weight], plans: Mapping[str, AdaptationPlan], kinds: int
-) -> list[Table]:
-    """What a ranking would be of and what training under each of `plans` would take, from shapes alone; `kinds` of view
-    are kept while ranking."""
-    overview = Table("component", "candidates", "parameters", title=f"Candidates ({anatomy.topology})")
+def candidates_table(config: Config, anatomy: Anatomy, candidates: Sequence[Weight], kinds: int) -> Table:
+    """What a ranking would be of; `kinds` of view are kept meanwhile."""
+    table = Table("component", "candidates", "parameters", title=f"Candidates ({anatomy.topology})")
     for component in dict.fromkeys(w.component for w in candidates):
         members = [w for w in candidates if w.component == component]
-        overview.add_row(component, str(len(members)), f"{sum(w.params for w in members):,}")
+        table.add_row(component, str(len(members)), f"{sum(w.params for w in members):,}")
     total, ratio = sum(w.params for w in candidates), config.plan.budget.ratio
     whole = sum(w.params for w in anatomy.weights)
     size = ITEM_SIZE[config.model.dtype] * whole
     sketches = FP32 * sketch_floats(candidates, kinds, config.plan.score_rank)
-    overview.caption = (
+    table.caption = (
         f"{len(candidates)} matrices, {total:,} of the model's {whole:,} parameters; a budget of {ratio:.0%} is "
         f"{ratio * total:,.0f} parameters, or {int(ratio * len(candidates))} matrices; ranking by {config.plan.score} "
-        f"keeps {_gib(sketches)} of sketches ({sketches / size:.1%} of the model's bytes)"
+        f"keeps {gib(sketches)} of sketches ({sketches / size:.1%} of the model's bytes)"
     )
-    parts = {"weights": "weights", "gradients": "gradients", "masters": "fp32 masters", "moments": "Adam moments"}
-    if config.algo.needs_reference:
-        parts["originals"] = "base policy for the KL"
-    memory = Table("", "everything full", *plans)
-    memory.title = f"Memory of training, all ranks together ({config.model.dtype})"
-    kept = whole if config.algo.needs_reference else 0
-    sides = [training_memory(anatomy, whole, config.model.dtype, reference=kept, sent=whole)]
-    sides += [planned_memory(config, anatomy, plan) for plan in plans.values()]
-    memory.add_row("trained parameters", *(f"{side.masters // FP32:,}" for side in sides))
-    for part, label in {**parts, "total": "total", "payload": "complete weight update"}.items():
-        memory.add_row(label, *(_gib(getattr(side, part)) for side in sides))
-    memory.caption = (
-        "activations, logits and the rollout engines apart; the hybrids with the largest matrices full, an upper bound"
-    )
-    return [overview, memory]
+    return table
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+def gib(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 8 else f"{size / MIB:.2f} MiB"
 
 
 def evaluation_table(

@@ -226,7 +226,7 @@ def test_no_memory_for_the_run(refused: Callable, monkeypatch: pytest.MonkeyPatc
     from trainers.sizing import Machine
 
     monkeypatch.setattr("trainers.preflight.Machine.here", lambda: Machine(0, None, 2**20))
-    refused({}, "of memory, and this machine has 1.0 MiB", "learner.world_size=2", "What helps")
+    refused({}, "of memory, and this machine has 1.00 MiB", "learner.world_size=2", "What helps")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.components import read_model
 from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
-from hybrid_rl.estimate import GIB, learner_memory, planned_memory
+from hybrid_rl.estimate import CONTEXT, GIB, LOADING, engine_memory, learner_memory, planned_memory, resident
 from hybrid_rl.learner.assemble import mini_batches
 from hybrid_rl.learner.layout import arrange, use_segment_attention
 from hybrid_rl.plan import AdaptationPlan
@@ -27,7 +27,7 @@ from tests.learner.processes import on_ranks, random_sequences
 from trainers.setup import meta_model
 from trainers.sizing import Machine, size_up, spread, unfit
 
-H100 = Machine(8, 80 * GIB, 512 * GIB, assumed=True)
+H100 = Machine(8, 80 * GIB, None)
 
 
 def _plan(config: Config) -> tuple[Any, Any, AdaptationPlan]:
@@ -131,23 +131,77 @@ def test_shares_of_ranks(tiny_config: Config):
     assert parts(offload="optimizer")["on the device"] < parts()["on the device"] - whole.moments // 2
 
 
-def test_what_does_not_fit_is_refused_by_the_knob(tiny_config: Config):
-    def changed(**sections: dict[str, Any]) -> Config:
-        updates = {name: getattr(tiny_config, name).model_copy(update=fields) for name, fields in sections.items()}
-        return tiny_config.model_copy(update=updates)
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    updates = {name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
+    return config.model_copy(update=updates)
 
+
+def test_the_model_is_read_whole_before_it_is_shared_out(tiny_config: Config):
+    real: Any = AutoModelForCausalLM.from_pretrained(tiny_config.model.path, dtype=torch.float32)
+    whole = sum(parameter.nbytes for parameter in real.parameters())
+    halves = {"model": {"dtype": "bfloat16"}, "learner": {"world_size": 4, "zero_stage": 3}}
+    config = changed(tiny_config.model_copy(update={"adaptation": "lora"}), **halves)
+    _, anatomy, plan = _plan(config)
+    gpu = learner_memory(config, anatomy, plan, None, micro_batches=1, gpu=True)
+    cpu = learner_memory(config, anatomy, plan, None, micro_batches=1, gpu=False, first=False)
+    assert gpu.device_total == whole + CONTEXT
+    assert cpu.host_total - cpu.host["the process itself"] == whole
+    assert resident(config, gpu) == gpu.device_total
+    sizing = size_up(config, replace(H100, gpu_bytes=whole + CONTEXT - 1), compared={}, rehearse=False)
+    assert "each rank reads all of it in float32 onto its GPU" in (unfit(sizing) or "")
+    fitting = learner_memory(tiny_config, anatomy, plan, None, micro_batches=1, gpu=False)
+    assert LOADING not in fitting.host  # in float32, it is what is trained
+
+
+def test_only_one_rank_sends_and_writes_what_is_trained(tiny_config: Config):
+    config = changed(tiny_config, learner={"world_size": 4})
+    _, anatomy, plan = _plan(config)
+    memory = planned_memory(config, anatomy, plan)
+    sizing = size_up(config, Machine(0, None, None), compared={}, rehearse=False)
+    own = sizing.own.learner.host_total - memory.payload - memory.masters
+    between = sizing.own.learner.host.get("optimizer and sync", 0)
+    assert own - between <= sizing.own.other_rank.host_total <= own
+    assert sizing.ranks(sizing.own) == sizing.own.learner.host_total + 3 * sizing.own.other_rank.host_total
+
+
+def test_what_stays_on_a_gpu_that_is_shared(tiny_config: Config):
+    """DeepSpeed's own buffers, and on the host what a sleeping engine puts aside."""
+    _, anatomy, plan = _plan(tiny_config)
+
+    def kept(dtype: str, stage: int) -> set[str]:
+        config = changed(tiny_config, model={"dtype": dtype}, learner={"world_size": 1, "zero_stage": stage})
+        parts = learner_memory(config, anatomy, plan, None, micro_batches=1, gpu=True)
+        every = resident(config, replace(parts, loading=0))
+        names = ("gradients", "gradient bucket")
+        without = {n: replace(parts, loading=0, device={**parts.device, n: 0}) for n in names}
+        return {n for n, memory in without.items() if resident(config, memory) < every}
+
+    assert kept("bfloat16", 1) == {"gradients"}
+    assert kept("float32", 1) == kept("bfloat16", 2) == set()
+    assert kept("bfloat16", 3) == {"gradients", "gradient bucket"}
+    together = changed(tiny_config, cluster={"placement": "colocate"})
+    asleep, split = (
+        engine_memory(config, anatomy, plan, None, 22, gpu=True, gpu_bytes=GIB) for config in (together, tiny_config)
+    )
+    aside = split.device["weights"] + split.device["adapter"]
+    assert asleep.host_total == split.host_total + aside
+
+
+def test_what_does_not_fit_is_refused_by_the_knob(tiny_config: Config):
     assert "learner.world_size=2 ranks" in (
-        unfit(size_up(tiny_config, Machine(0, None, GIB), side_by_side=False)) or ""
+        unfit(size_up(tiny_config, Machine(0, None, GIB), compared={}, rehearse=False)) or ""
     )
     gpu = size_up(tiny_config, H100)
     assert unfit(gpu) is None
     small = unfit(replace(gpu, machine=replace(H100, gpu_bytes=GIB))) or ""
     assert "a learner rank needs" in small
-    assert "fewer learner.world_size" in small
+    assert "What helps: a GPU with more memory" in small
+    assert "learner.world_size" not in small
     assert "needs 3 GPUs, and there are 2" in (unfit(replace(gpu, machine=replace(H100, gpus=2))) or "")
-    tight = changed(rollout={"gpu_memory_utilization": 0.01})
+    tight = changed(tiny_config, rollout={"gpu_memory_utilization": 0.01})
     assert "rollout.gpu_memory_utilization=0.01" in (unfit(replace(gpu, config=tight)) or "")
-    together = changed(cluster={"placement": "colocate"}, rollout={"engines": 2, "gpu_memory_utilization": 0.999})
+    full = {"engines": 2, "gpu_memory_utilization": 0.999}
+    together = changed(tiny_config, cluster={"placement": "colocate"}, rollout=full)
     assert "cluster.placement=colocate" in (unfit(replace(gpu, config=together)) or "")
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_rl.checkpoint import checkpoints
 from hybrid_rl.cluster.base import check_directory
-from hybrid_rl.cluster.survey import Node, survey
+from hybrid_rl.cluster.survey import cluster_address
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.estimate import GIB, planned_memory
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
+from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.tracking import check_trackers
 from trainers.setup import Task, places
 from trainers.sizing import Machine, facts_table, memory_table, size_up, unfit
@@ -31,46 +32,44 @@ def check_surroundings(config: Config, task: Task) -> None:
     if config.sync.directory is not None:
         check_directory(config)
     _check_run_directory(config, task)
-    if config.cluster.address is None and not os.environ.get("RAY_ADDRESS"):
-        _check_places(config)
-        if (why := unfit(size_up(config, Machine.here(), task=task, side_by_side=False))) is not None:
+    if cluster_address(config) is None:
+        machine = Machine.here()
+        _check_places(config, machine)
+        if (why := unfit(size_up(config, machine, task=task, compared={}, rehearse=False))) is not None:
             raise ConfigError(why)
 
 
 def dry_run(config: Config, task: Task, console: Console) -> None:
     """Print what the run needs against what there is. Raises `ConfigError`, after that, for what does not fit.
 
-    Joins the cluster at `cluster.address`, if one is given, but starts no worker there.
+    Joins the cluster that the run would join, if any, but starts no worker there.
     """
-    sizing = size_up(config, Machine.here(), task=task)
+    machine = Machine.of(config)
+    sizing = size_up(config, machine, task=task)
     console.print(memory_table(sizing))
     console.print(facts_table(sizing))
-    needed = places(config, sizing.machine.gpus > 0, config.learner.world_size, config.rollout.engines)
-    if config.cluster.address is not None:
-        nodes = survey(config)
-        needed = places(config, any(n.gpus for n in nodes), config.learner.world_size, config.rollout.engines)
-        cpus, gpus = sum(place.cpus for place in needed), sum(place.gpus for place in needed)
-        console.print(_nodes_table(nodes, cpus, gpus))
-        for kind, wanted, there in (
-            ("CPUs", cpus, sum(n.cpus for n in nodes)),
-            ("GPUs", gpus, sum(n.gpus for n in nodes)),
-        ):
-            if wanted > there:
-                raise ConfigError(_too_few(config, kind, wanted, there, f"the cluster at {config.cluster.address}"))
+    if machine.nodes:
+        console.print(_nodes_table(config, machine))
+    _check_places(config, machine)
     if (why := unfit(sizing)) is not None:
         raise ConfigError(why)
 
 
-def _check_places(config: Config) -> None:
-    """That this machine has what the workers reserve of it."""
+def _needed(config: Config, machine: Machine) -> tuple[float, float]:
+    """CPUs and GPUs that the workers reserve."""
+    wanted = places(config, machine.gpus > 0, config.learner.world_size, config.rollout.engines)
+    return sum(place.cpus for place in wanted), sum(place.gpus for place in wanted)
+
+
+def _check_places(config: Config, machine: Machine) -> None:
+    """That there is what the workers reserve."""
     if config.cluster.backend == "inline":
         return
-    gpus = Machine.here().gpus
-    needed = places(config, gpus > 0, config.learner.world_size, config.rollout.engines)
-    there = {"CPUs": (sum(p.cpus for p in needed), os.cpu_count() or 1), "GPUs": (sum(p.gpus for p in needed), gpus)}
-    for kind, (wanted, has) in there.items():
+    cpus = sum(node.cpus for node in machine.nodes) if machine.nodes else os.cpu_count() or 1
+    where = f"the cluster at {cluster_address(config)}" if machine.nodes else "this machine"
+    for kind, wanted, has in zip(("CPUs", "GPUs"), _needed(config, machine), (cpus, machine.gpus), strict=True):
         if wanted > has:
-            raise ConfigError(_too_few(config, kind, wanted, has, "this machine"))
+            raise ConfigError(_too_few(config, kind, wanted, has, where))
 
 
 def _too_few(config: Config, kind: str, needed: float, there: float, where: str) -> str:
@@ -86,13 +85,16 @@ def _too_few(config: Config, kind: str, needed: float, there: float, where: str)
 def _check_run_directory(config: Config, task: Task) -> None:
     """That it can be made and written, and that the checkpoints have room."""
     run = Path(config.run.dir or "runs").absolute()
-    there = next(path for path in (run, *run.parents) if path.exists())
     name = f"run.dir={config.run.dir!r}" if config.run.dir else f"run.dir (by default in {run})"
     try:
+        there = next(path for path in (run, *run.parents) if path.exists())
         Path(tempfile.mkdtemp(prefix=".writable_", dir=there)).rmdir()
+        saved = [path for each in checkpoints(RunDirectory(run).checkpoints) for path in each.rglob("*")]
+        already = sum(path.stat().st_size for path in saved if path.is_file())
     except OSError as error:
         raise ConfigError(
-            f"{name} cannot be written: {error.strerror} ({there}); give a directory that can, as in run.dir=/data/run1"
+            f"{name} cannot be written: {error.strerror} ({error.filename}); give a directory that can, as in "
+            "run.dir=/data/run1"
         ) from None
     if task.plan is not None:
         plan: AdaptationPlan = task.plan
@@ -103,16 +105,19 @@ def _check_run_directory(config: Config, task: Task) -> None:
     each = memory.masters + memory.moments + memory.masters  # ranks' shares, and the trained weights by themselves
     saves = config.steps // settings.every + 1 if settings.every else 1
     kept = min(settings.keep_last + settings.keep_best + 1, saves)  # and the one being written
-    free = shutil.disk_usage(there).free
-    if kept * each > free:
+    # What is there already of a run that goes on is deleted in turn, but only once the next is written.
+    needed, free = max(each, kept * each - already), shutil.disk_usage(there).free
+    if needed > free:
+        besides = f" besides the {already / GIB:.2f} GiB that are there" if already else ""
         raise ConfigError(
-            f"{name}: {kept} checkpoints of {each / GIB:.2f} GiB need {kept * each / GIB:.2f} GiB of disk, and "
+            f"{name}: {kept} checkpoints of {each / GIB:.2f} GiB need {needed / GIB:.2f} GiB of disk{besides}, and "
             f"{free / GIB:.2f} GiB are free; lower checkpoint.keep_last={settings.keep_last} or checkpoint.keep_best="
             f"{settings.keep_best}, or give another run.dir"
         )
 
 
-def _nodes_table(nodes: Sequence[Node], cpus: float, gpus: float) -> Table:
+def _nodes_table(config: Config, machine: Machine) -> Table:
+    nodes, (cpus, gpus) = machine.nodes, _needed(config, machine)
     table = Table("machine", title="The cluster", title_justify="left")
     for header in ("CPUs free", "GPUs free", "memory for Ray"):
         table.add_column(header, justify="right")

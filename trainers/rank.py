@@ -9,13 +9,14 @@ from rich.console import Console
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.drawings import draw_plan
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.plan_building import configured_plan, select_candidates
+from hybrid_rl.plan_building import select_candidates
 from hybrid_rl.plan_difference import compare_plans
 from hybrid_rl.scoring import find_score
 from hybrid_rl.screen import Bar
-from hybrid_rl.tables import difference_table, draft_tables, plan_table, totals_table
+from hybrid_rl.tables import candidates_table, difference_table, plan_table, totals_table
 from trainers.ranking import make_plan
 from trainers.setup import check_plan, check_task, meta_model, open_workplace
+from trainers.sizing import Machine, memory_table, size_up
 
 
 def rank_modules(config: Config, console: Console | None = None) -> AdaptationPlan:
@@ -51,24 +52,18 @@ def rank_command(config: Config, console: Console, *, out: Path, plot: Path | No
     console.print(f"plan      {out}\nheat map  {image}")
 
 
+COMPARED = {
+    "full": {"adaptation": "full"},
+    "LoRA": {"adaptation": "lora"},
+    "hybrid, by params": {"adaptation": "hybrid", "unit": "params"},
+    "hybrid, by modules": {"adaptation": "hybrid", "unit": "modules"},
+}
+"""What a ranking would be spent on."""
+
+
 def rank_dry_run(config: Config, console: Console) -> None:
     """Print what would be ranked, the budget and the memory it takes. Reads no weights and no data."""
     anatomy, _ = check_plan(config, meta_model(config))
-    candidates = select_candidates(anatomy, config.plan)
     kinds = len(find_score(config.plan.score).kinds)
-    wanted = [
-        ("hybrid, by params", "hybrid", "params", "lora"),
-        ("hybrid, by modules", "hybrid", "modules", "lora"),
-        ("LoRA", "lora", "params", "lora"),
-    ]
-    asked = f"plan.rest={config.plan.rest}" if config.adaptation == "hybrid" else f"adaptation={config.adaptation}"
-    if asked not in ("plan.rest=lora", "adaptation=lora", "adaptation=full"):
-        wanted.append((asked, config.adaptation, config.plan.budget.unit, config.plan.rest))
-    plans = {}
-    for label, adaptation, unit, rest in wanted:
-        budget = config.plan.budget.model_copy(update={"unit": unit})
-        settings = config.plan.model_copy(update={"budget": budget, "rest": rest})
-        as_if = config.model_copy(update={"adaptation": adaptation, "plan": settings})
-        plans[label] = configured_plan(anatomy, as_if, {c.name: float(c.params) for c in candidates}, {})
-    for table in draft_tables(config, anatomy, candidates, plans, kinds):
-        console.print(table)
+    console.print(candidates_table(config, anatomy, select_candidates(anatomy, config.plan), kinds))
+    console.print(memory_table(size_up(config, Machine.of(config), compared=COMPARED, rehearse=False)))

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_rl.cluster.survey import Node, cluster_address, survey
 from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.estimate import (
     CONTEXT,
     GIB,
     ITEM_SIZE,
+    LOADING,
     CacheSize,
+    Pass,
     ProcessMemory,
     engine_memory,
     learner_memory,
     resident,
 )
+from hybrid_rl.machine import host_memory
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
-from hybrid_rl.rehearsal import rehearse_cache, rehearse_pass
+from hybrid_rl.tables import gib
 from trainers.setup import Task, check_plan, meta_model
 
-COMPARED = {"full": "full", "LoRA": "lora", "hybrid": "hybrid", "MoLF": "molf"}
-"""Plans that stand side by side, and their `adaptation`."""
+COMPARED: Mapping[str, Mapping[str, str]] = {
+    "full": {"adaptation": "full"},
+    "LoRA": {"adaptation": "lora"},
+    "hybrid": {"adaptation": "hybrid"},
+    "MoLF": {"adaptation": "molf"},
+}
+"""Plans that stand side by side: what each has otherwise than the settings; `unit` is of the budget."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,31 @@ class Machine:
     """0: everything runs on CPUs."""
     gpu_bytes: int | None
     """Of each; `None` if it is not known."""
-    memory: int
-    """Bytes of this machine."""
-    assumed: bool = False
-    """Whether it is the one asked about, not the one there is."""
+    memory: int | None
+    """Bytes that all processes share; `None` if it is not known, or they are on several machines."""
+    nodes: Sequence[Node] = ()
+    """Those of the cluster that it is; none of this machine."""
 
     @staticmethod
     def here() -> Machine:
-        usable = torch.cuda.is_available() and os.environ.get("HYBRID_RL_DEVICE") != "cpu"
+        """This machine, or the container."""
+        usable = torch.cuda.is_available() and _uses_gpus()
         count = torch.cuda.device_count() if usable else 0
         size = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=None)
-        return Machine(count, size, psutil.virtual_memory().total)
+        return Machine(count, size, host_memory().total)
+
+    @staticmethod
+    def of(config: Config) -> Machine:
+        """What the run would be on: this machine, or the cluster that it joins, of which Ray does not know the size of
+        GPUs. Raises `ConfigError` if that cannot be joined."""
+        if cluster_address(config) is None:
+            return Machine.here()
+        nodes = survey(config)
+        return Machine(int(sum(node.gpus for node in nodes)) if _uses_gpus() else 0, None, None, nodes)
+
+
+def _uses_gpus() -> bool:
+    return os.environ.get("HYBRID_RL_DEVICE") != "cpu"
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,8 @@ class Sizes:
     """Parameters."""
     learner: ProcessMemory
     """Rank 0."""
+    other_rank: ProcessMemory
+    """Each of the rest."""
     engine: ProcessMemory
     update: int
     """A complete weight update."""
@@ -90,10 +114,17 @@ class Sizing:
         """At most."""
         return self.config.completions_per_step * self.longest
 
+    def ranks(self, sizes: Sizes) -> int:
+        """Memory of all learner ranks, without that of GPUs."""
+        return sizes.learner.host_total + (self.config.learner.world_size - 1) * sizes.other_rank.host_total
+
+    def engines(self, sizes: Sizes) -> int:
+        """The same of all engines."""
+        return self.config.rollout.engines * self.config.rollout.tensor_parallel * sizes.engine.host_total
+
     def host(self, sizes: Sizes) -> int:
-        """Memory of all processes together."""
-        learner, engine = sizes.learner.host_total, sizes.engine.host_total * self.config.rollout.tensor_parallel
-        return self.config.learner.world_size * learner + self.config.rollout.engines * engine
+        """The same of all processes."""
+        return self.ranks(sizes) + self.engines(sizes)
 
 
 def size_up(
@@ -101,48 +132,58 @@ def size_up(
     machine: Machine,
     *,
     task: Task | None = None,
-    side_by_side: bool = True,
+    compared: Mapping[str, Mapping[str, str]] = COMPARED,
+    rehearse: bool = True,
 ) -> Sizing:
-    """Sizes under the plan that the settings ask for, or that `task` has already, and `side_by_side` with other plans.
+    """Sizes under the plan that the settings ask for, or that `task` has already, and under those `compared` with it.
 
-    Alone, nothing is rehearsed: activations and caches are left out, and the sizes are lower bounds. With a `task`, the
-    longest prompt is that of its data.
+    Unless the model's pass is to be `rehearse`d, activations and caches are left out, and the sizes are lower bounds.
+    With a `task`, the longest prompt is that of its data.
     """
-    model = meta_model(config) if task is None or side_by_side else None
+    model = meta_model(config) if task is None or rehearse else None
     anatomy, given = check_plan(config, model) if task is None else (task.anatomy, task.plan)
     prompts = [] if task is None else [len(prompt.token_ids) for prompt in [*task.train, *task.held_out]]
     longest = max(prompts, default=config.data.max_prompt_length) + config.sampling.max_completion_length
-    plans = _plans(config, anatomy, given, side_by_side)
+    plans = _plans(config, anatomy, given, compared)
     lengths, micro_batches = _micro_batch(config, longest)
     predicted = len(lengths) * config.sampling.max_completion_length // config.learner.sequence_parallel
-    cache = rehearse_cache(model, getattr(torch, config.model.dtype)) if side_by_side else None
-    found, complete = {}, cache is not None
+    cache, found, gpu = None, {}, machine.gpus > 0
+    passes: dict[str, Pass | None] = dict.fromkeys(plans)
+    if rehearse:
+        # Imports DeepSpeed, which a driver can do without.
+        from hybrid_rl.rehearsal import rehearse_cache, rehearse_pass
+
+        cache = rehearse_cache(model, getattr(torch, config.model.dtype))
+        passes = {label: rehearse_pass(config, model, each, lengths, predicted) for label, each in plans.items()}
     for label, each in plans.items():
-        passed = rehearse_pass(config, model, each, lengths, predicted) if side_by_side else None
-        complete &= passed is not None
-        gpu = machine.gpus > 0
-        learner = learner_memory(config, anatomy, each, passed, micro_batches=micro_batches, gpu=gpu)
+        learner, other = (
+            learner_memory(config, anatomy, each, passes[label], micro_batches=micro_batches, gpu=gpu, first=first)
+            for first in (True, False)
+        )
         engine = engine_memory(config, anatomy, each, cache, longest, gpu=gpu, gpu_bytes=machine.gpu_bytes)
         update = each.sent_params * ITEM_SIZE[config.model.dtype]
-        found[label] = Sizes(each.totals["trainable_params"], learner, engine, update)
+        found[label] = Sizes(each.totals["trainable_params"], learner, other, engine, update)
+    complete = cache is not None and all(passed is not None for passed in passes.values())
     return Sizing(config, machine, found, next(iter(found)), longest, cache, complete)
 
 
 def _plans(
-    config: Config, anatomy: Anatomy, given: AdaptationPlan | None, side_by_side: bool
+    config: Config, anatomy: Anatomy, given: AdaptationPlan | None, compared: Mapping[str, Mapping[str, str]]
 ) -> dict[str, AdaptationPlan]:
     """By label, the configured one first. Before a ranking, a hybrid plan's largest matrices stand for its best."""
     largest = {c.name: float(c.params) for c in select_candidates(anatomy, config.plan)}
-    labels = {adaptation: label for label, adaptation in COMPARED.items()}
-    name = str(labels.get(config.adaptation, config.adaptation))
-    if config.adaptation == "hybrid" and config.rest != "lora":
-        name = f"hybrid, {config.plan.rest}"
-    name = "the plan given" if given is not None else name
+    asked: dict[str, str] = {"adaptation": config.adaptation, "unit": config.plan.budget.unit}
+    same = (label for label, changes in compared.items() if {**asked, **changes} == asked)
+    name = "the plan given" if given is not None else next(same, config.adaptation)
+    if given is None and config.adaptation == "hybrid" and config.rest != "lora":
+        name = f"hybrid, {config.rest}"
     plans: dict[str, AdaptationPlan] = {name: given or configured_plan(anatomy, config, largest, {})}
-    for label, adaptation in COMPARED.items() if side_by_side else ():
+    for label, changes in compared.items():
         if label not in plans:
-            settings = config.plan.model_copy(update={"rest": "lora"})
-            as_if = config.model_copy(update={"adaptation": adaptation, "plan": settings})
+            unit = changes.get("unit", config.plan.budget.unit)
+            budget = config.plan.budget.model_copy(update={"unit": unit})
+            settings = config.plan.model_copy(update={"rest": "lora", "budget": budget})
+            as_if = config.model_copy(update={"adaptation": changes["adaptation"], "plan": settings})
             try:
                 plans[label] = configured_plan(anatomy, as_if, largest, {})
             except ConfigError:  # not for this model, as full fine-tuning of a quantised one
@@ -192,7 +233,7 @@ def unfit(sizing: Sizing) -> str | None:
         if config.cluster.placement == "split":
             wanted += rollout.engines * rollout.tensor_parallel
         shared = learner.gpus is not None or rollout.gpus is not None
-        if wanted > machine.gpus and not shared and config.cluster.address is None:
+        if wanted > machine.gpus and not shared:
             return (
                 f"the run needs {wanted} GPUs, and there are {machine.gpus}; lower learner.world_size="
                 f"{learner.world_size} or rollout.engines={rollout.engines}, or use cluster.placement=colocate"
@@ -200,16 +241,15 @@ def unfit(sizing: Sizing) -> str | None:
     if machine.gpus and machine.gpu_bytes is not None and (why := _unfit_gpu(sizing, machine.gpu_bytes)) is not None:
         return why
     needed = sizing.host(own)
-    if config.cluster.address is None and not machine.assumed and needed > machine.memory:
+    if machine.memory is not None and needed > machine.memory:
         fits = [label for label, sizes in sizing.by_plan.items() if sizing.host(sizes) <= machine.memory]
         instead = f"; {fits[0]} would fit" if fits else ""
-        engines = rollout.engines * rollout.tensor_parallel * own.engine.host_total
-        ranks = learner.world_size * own.learner.host_total
+        engines, ranks = sizing.engines(own), sizing.ranks(own)
         whose, parts = ("an engine", own.engine.host) if engines > ranks else ("a rank", own.learner.host)
         return (
-            f"the run needs {_gib(needed)} of memory, and this machine has {_gib(machine.memory)}: learner.world_size="
-            f"{learner.world_size} ranks are {_gib(ranks)}, rollout.engines={rollout.engines} {_gib(engines)}. Of "
-            f"{whose}, {_largest(parts)}{instead}"
+            f"the run needs {gib(needed)} of memory, and this machine has {gib(machine.memory)}: learner.world_size="
+            f"{learner.world_size} ranks are {gib(ranks)}, rollout.engines={rollout.engines} {gib(engines)}. Of "
+            f"{whose}, {_largest(parts, _ON_HOST)}{instead}"
         )
     return None
 
@@ -220,63 +260,76 @@ def _unfit_gpu(sizing: Sizing, size: int) -> str | None:
     if own.learner.device_total > size:
         fits = [label for label, sizes in sizing.by_plan.items() if sizes.learner.device_total <= size]
         return (
-            f"a learner rank needs {_gib(own.learner.device_total)} of GPU memory, and a GPU has {_gib(size)}: "
-            f"{_largest(own.learner.device)}{f'; {fits[0]} would fit' if fits else ''}"
+            f"a learner rank needs {gib(own.learner.device_total)} of GPU memory, and a GPU has {gib(size)}: "
+            f"{_largest(own.learner.device, _ON_GPU)}{f'; {fits[0]} would fit' if fits else ''}"
         )
     least = own.engine.device["weights"] + own.engine.device.get("adapter", 0) + CONTEXT
     least += sizing.cache.of(sizing.longest) // config.rollout.tensor_parallel if sizing.cache else 0
     if config.rollout.engine == "vllm" and least > share * size:
         return (
-            f"an engine needs {_gib(least)} of GPU memory for weights and one sequence, and rollout."
-            f"gpu_memory_utilization={share:g} of {_gib(size)} is {_gib(share * size)}; raise it, or "
+            f"an engine needs {gib(least)} of GPU memory for weights and one sequence, and rollout."
+            f"gpu_memory_utilization={share:g} of {gib(size)} is {gib(share * size)}; raise it, or "
             f"rollout.tensor_parallel={config.rollout.tensor_parallel}"
         )
-    if config.cluster.placement == "colocate" and (kept := resident(own.learner)) + share * size > size:
+    kept = resident(config, own.learner)
+    if config.cluster.placement == "colocate" and kept + share * size > size:
+        reads = kept - own.learner.device["the process itself"] == own.learner.loading
         return (
-            f"cluster.placement=colocate: an engine takes rollout.gpu_memory_utilization={share:g} of {_gib(size)}, "
-            f"while the learner keeps {_gib(kept)} of the GPU; lower it to {max(0.0, 1 - kept / size):.2f} or less, or "
-            "use learner.offload"
+            f"cluster.placement=colocate: an engine takes rollout.gpu_memory_utilization={share:g} of {gib(size)}, "
+            f"while the learner {'reads its model into' if reads else 'keeps'} {gib(kept)} of the GPU; lower it to "
+            f"{max(0.0, 1 - kept / size):.2f} or less{'' if reads else ', or use learner.offload'}"
         )
     return None
 
 
-_KNOBS = {
-    "weights": "learner.zero_stage=3 over more ranks, or model.dtype=bfloat16",
-    "fp32 masters": "a smaller plan.budget.ratio or lora.rank, adaptation=lora, or learner.offload=optimizer",
+_STATE = ("fp32 masters", "optimizer moments", "gradients", "optimizer and sync")
+_SMALLER = "a smaller plan.budget.ratio or lora.rank"
+_ANYWHERE = {
+    **dict.fromkeys(_STATE, f"{_SMALLER}, or adaptation=lora"),
     "gradient bucket": "a smaller plan.budget.ratio, or adaptation=lora",
     "activations": "a smaller batch.tokens_per_micro_batch, or learner.gradient_checkpointing=true",
     "logits and working memory": "a smaller learner.logits_mib or batch.tokens_per_micro_batch",
     "base policy for the KL": "algo.kl_coef=0",
     "weights gathered": "a smaller model: DeepSpeed keeps up to 1e9 parameters whole",
-    "sync buffers": "a smaller plan.budget.ratio or lora.rank",
+}
+_ON_GPU = _ANYWHERE | {
+    **dict.fromkeys(_STATE, f"{_SMALLER}, adaptation=lora, or learner.offload=optimizer"),
+    "weights": "learner.zero_stage=3 over more ranks, or model.dtype=bfloat16",
+    LOADING: "a GPU with more memory or a smaller model: each rank reads all of it in float32 onto its GPU",
+    "the process itself": "a GPU with more memory: CUDA and NCCL take that much",
+}
+_ON_HOST = _ANYWHERE | {
+    "weights": "model.dtype=bfloat16, or fewer learner.world_size or rollout.engines",
+    "weights while it sleeps": "fewer rollout.engines, or cluster.placement=split",
+    LOADING: "fewer learner.world_size: each rank reads the whole model in float32",
+    "sync buffers": _SMALLER,
     "checkpoint being written": "checkpoint.background=false",
     "KV cache": "a smaller rollout.cpu_kv_cache_gib (vLLM on CPU) or rollout.max_concurrent",
     "adapter": "a smaller lora.rank",
     "the process itself": "fewer learner.world_size or rollout.engines",
-    "the model while it is read": "fewer ranks on a machine",
 }
-_KNOBS |= dict.fromkeys(("optimizer moments", "gradients", "optimizer and sync"), _KNOBS["fp32 masters"])
 
 
-def _largest(parts: Mapping[str, int]) -> str:
-    """The parts that most of it is, and what makes the largest smaller."""
+def _largest(parts: Mapping[str, int], knobs: Mapping[str, str]) -> str:
+    """The parts that most of it is, and what makes the largest smaller. Where reading the model takes most, nothing
+    else helps."""
     order = sorted(parts, key=lambda part: -parts[part])
-    shown = ", ".join(f"{part} {_gib(parts[part])}" for part in order[:4])
-    return f"{shown}. What helps: {_KNOBS[order[0]]}"
+    shown = ", ".join(f"{part} {gib(parts[part])}" for part in order[:4])
+    return f"{shown}. What helps: {knobs[LOADING if LOADING in parts else order[0]]}"
 
 
 def estimate_command(
     config: Config, console: Console, *, gpus: int | None, gpu_memory: float | None, as_json: bool
 ) -> None:
     """Print the sizes. Raises `ConfigError`, after that, for what does not fit."""
-    machine = Machine.here()
     if gpus is not None:
-        config = spread(config, gpus)
-        machine = Machine(gpus, machine.gpu_bytes, machine.memory, assumed=True)
+        config, machine = spread(config, gpus), Machine(gpus, Machine.here().gpu_bytes, None)
+    else:
+        machine = Machine.of(config)
     if gpu_memory is not None:
         if not machine.gpus:
             raise ConfigError(f"--gpu-memory {gpu_memory:g} is of GPUs, of which there are none here; give --gpus too")
-        machine = Machine(machine.gpus, int(gpu_memory * GIB), machine.memory, machine.assumed)
+        machine = replace(machine, gpu_bytes=int(gpu_memory * GIB))
     with console.status("running the model on tensors without values"):
         sizing = size_up(config, machine)
     why = unfit(sizing)
@@ -334,18 +387,23 @@ def memory_table(sizing: Sizing) -> Table:
     for title, process, side in where:
         columns = [getattr(getattr(sizes, process), side) for sizes in every]
         at = {"device": ", on its GPU", "host": ", in the machine's memory" if gpu else ""}[side]
-        table.add_row(f"[bold]{title}{at}", *(f"[bold]{_gib(sum(column.values()))}" for column in columns))
+        table.add_row(f"[bold]{title}{at}", *(f"[bold]{gib(sum(column.values()))}" for column in columns))
         for part in dict.fromkeys(part for column in columns for part in column):
-            table.add_row(f"  {part}", *(_gib(column[part]) if part in column else "-" for column in columns))
+            table.add_row(f"  {part}", *(gib(column[part]) if part in column else "-" for column in columns))
         table.add_section()
-    table.add_row("all processes, the machine's memory", *(_gib(sizing.host(sizes)) for sizes in every))
-    table.add_row("weight update, complete", *(_gib(sizes.update) for sizes in every))
+    table.add_row("all processes, the machine's memory", *(gib(sizing.host(sizes)) for sizes in every))
+    table.add_row("weight update, complete", *(gib(sizes.update) for sizes in every))
     table.add_row("trained parameters", *(f"{sizes.trained:,}" for sizes in every))
-    table.caption = "hybrids with the largest matrices full, an upper bound; sequences as long as they may be"
-    if not gpu:
-        table.caption += "; glibc keeps freed memory besides, unless MALLOC_MMAP_THRESHOLD_=1048576 is set"
+    table.caption = "hybrids with the largest matrices full, an upper bound"
     if not sizing.complete:
-        table.caption = "[yellow]this model cannot run without values: activations or caches are not counted[/]"
+        table.caption += "; [yellow]activations or caches are not counted, a lower bound[/]"
+        return table
+    table.caption += "; sequences as long as they may be"
+    if not gpu:
+        table.caption += (
+            ". On CPUs within 10 % of what was measured with MALLOC_MMAP_THRESHOLD_=1048576 set; without it, glibc "
+            "keeps what is freed, and up to 1.6 times the estimate was measured"
+        )
     return table
 
 
@@ -370,17 +428,18 @@ def facts_table(sizing: Sizing) -> Table:
         )
         table.add_row(
             "an engine's KV cache",
-            f"{_gib(held)}: {at_once:,} sequences of that length ({sizing.cache.per_token:,} bytes a token)",
+            f"{gib(held)}: {at_once:,} sequences of that length ({sizing.cache.per_token:,} bytes a token)",
         )
     ranks, engines = config.learner.world_size, config.rollout.engines
     table.add_row(
         "workers",
         f"learner.world_size={ranks}, rollout.engines={engines}, cluster.placement={config.cluster.placement}",
     )
-    on = f"{machine.gpus} GPUs" + (f" of {_gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
-    table.add_row("runs on", on if machine.gpus else f"CPUs; this machine has {_gib(machine.memory)} of memory")
+    on = f"{machine.gpus} GPUs" + (f" of {gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
+    on = on if machine.gpus else "CPUs"
+    if machine.nodes:
+        on += f" of a cluster of {len(machine.nodes)} machines"
+    elif machine.memory is not None:
+        on += f"; this machine has {gib(machine.memory)} of memory"
+    table.add_row("runs on", on)
     return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 8 else f"{size / 2**20:.1f} MiB"

@@ -20,12 +20,13 @@ from hybrid_rl.config import ConfigError, LoraConfig, PlanConfig
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.worker import LearnerWorker
 from hybrid_rl.plan import AdaptationPlan
-from hybrid_rl.plan_building import build_plan
+from hybrid_rl.plan_building import build_plan, select_candidates
 from hybrid_rl.scoring import per_module
 from tests.families import FAMILIES
 from trainers import rank, setup
 from trainers.grpo import train
 from trainers.rank import rank_dry_run, rank_modules
+from trainers.sizing import Sizing
 from trainers.warm_start import build_tokenizer
 
 PLUGIN = '''
@@ -150,43 +151,39 @@ def test_a_dry_run_needs_only_the_shape(tree: dict, tmp_path: Path, write_config
 
 
 @pytest.mark.parametrize(
-    ("changes", "column"),
+    ("changes", "label", "besides"),
     [
-        ({"adaptation": "molf"}, "adaptation=molf"),
-        ({"plan": {"rest": "dora"}}, "plan.rest=dora"),
-        ({"adaptation": "lora"}, None),
-        ({"plan": {"rest": "lora"}}, None),
+        ({"adaptation": "molf"}, "molf", True),
+        ({"plan": {"rest": "dora"}}, "hybrid, dora", True),
+        ({"adaptation": "lora"}, "LoRA", False),
+        ({"plan": {"rest": "lora"}}, "hybrid, by params", False),
+        ({"plan": {"budget": {"unit": "modules"}}}, "hybrid, by modules", False),
     ],
 )
 def test_a_dry_run_shows_the_plan_that_is_configured(
-    changes: dict, column: str | None, tree: dict, monkeypatch: pytest.MonkeyPatch
+    changes: dict, label: str, besides: bool, tree: dict, monkeypatch: pytest.MonkeyPatch
 ):
     """With what a weight update of it carries, and what a KL term keeps."""
-    drafted: list[dict[str, AdaptationPlan]] = []
-    draft = rank.draft_tables
-    monkeypatch.setattr(rank, "draft_tables", lambda *a: (drafted.append(a[3]), draft(*a))[1])
+    sized: list[Sizing] = []
+    shown = rank.memory_table
+    monkeypatch.setattr(rank, "memory_table", lambda sizing: (sized.append(sizing), shown(sizing))[1])
     console = Console(width=250, record=True, quiet=False, file=io.StringIO())
-    rank_dry_run(parse_config({**tree, **changes, "lora": {"rank": 4}, "algo": {"kl_coef": 0.1}}), console)
-    assert list(drafted[0])[3:] == ([column] if column else [])
-    text = console.export_text()
-    rows = {
-        name: line
-        for line in text.splitlines()
-        for name in ("base policy for the KL", "complete weight")
-        if name in line
-    }
-    lora = drafted[0]["LoRA"]
-    assert lora.sent_params == sum(4 * sum(m.shape) for m in lora.candidates)
-    assert lora.weight_params == 0
-    if column is None:
-        return
-    assert column in text
-    plan = drafted[0][column]
-    whole = sum(m.params for m in plan.modules)
-    kept = whole if column == "adaptation=molf" else plan.totals["full_params"]
-    assert (plan.sent_params, plan.weight_params) == (whole, kept)
-    assert f"{4 * kept / 2**20:.2f} MiB" in rows["base policy for the KL"]
-    assert f"{4 * whole / 2**20:.2f} MiB" in rows["complete weight"]
+    config = parse_config({**tree, **changes, "lora": {"rank": 4}, "algo": {"kl_coef": 0.1}})
+    rank_dry_run(config, console)
+    assert f"{label} (configured)" in console.export_text()
+    by_plan = sized[0].by_plan
+    assert next(iter(by_plan)) == sized[0].configured == label
+    assert set(by_plan) == {"full", "LoRA", "hybrid, by params", "hybrid, by modules"} | ({label} if besides else set())
+    anatomy, _ = setup.check_plan(config, setup.meta_model(config))
+    matrices = select_candidates(anatomy, config.plan)
+    assert by_plan["LoRA"].update == 4 * sum(4 * sum(m.shape) for m in matrices)
+    whole = 4 * sum(m.params for m in matrices)
+    kept = {name: sizes.learner.host.get("base policy for the KL", 0) for name, sizes in by_plan.items()}
+    assert (kept["LoRA"], kept["full"]) == (0, whole)
+    if besides:
+        update = by_plan[label].update
+        assert update >= whole  # merged on the way; norms are trained besides under MoLF
+        assert kept[label] == (update if label == "molf" else kept["hybrid, by params"])
 
 
 def test_a_hand_edited_plan_trains_exactly_what_it_lists(tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
