@@ -438,7 +438,7 @@ def facts_table(sizing: Sizing) -> Table:
     on = f"{machine.gpus} GPUs" + (f" of {gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
     on = on if machine.gpus else "CPUs"
     if machine.nodes:
-        on += f" of a cluster of {len(machine.nodes)} machines"
+        on += f"; the cluster at {cluster_address(config)}"
     elif machine.memory is not None:
         on += f"; this machine has {gib(machine.memory)} of memory"
     table.add_row("runs on", on)

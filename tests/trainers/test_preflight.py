@@ -98,7 +98,7 @@ def test_a_dry_run_looks_at_the_cluster_that_would_be_joined(
         return console.export_text()
 
     text = dry(60)
-    assert "16 GPUs of unknown memory of a cluster of 2 machines" in text
+    assert "16 GPUs of unknown memory; the cluster at 10.0.0.1:6379" in text
     assert "64 of 64" in text
     with pytest.raises(ConfigError, match=r"needs 1200.* CPUs.*the cluster at 10\.0\.0\.1:6379 has 128"):
         dry(600)
