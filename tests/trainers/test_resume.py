@@ -29,7 +29,7 @@ from hybrid_rl.run_directory import read_metrics
 from tests.trainers.test_grpo import check_rows, learnable, timeless  # noqa: F401
 
 KILLS = int(os.environ.get("HYBRID_RL_KILLS", "20"))
-STEPS = 3 * KILLS
+STEPS = 10 * KILLS
 VICTIMS = ("driver", "learner", "group", "asked")
 MOMENTS = ("start", "step", "save")
 
