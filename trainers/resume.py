@@ -37,7 +37,9 @@ def can_resume(config: Config) -> bool:
     """Whether `run.dir` has a finished checkpoint."""
     if config.run.dir is None:
         raise ConfigError("--auto-resume needs run.dir=DIRECTORY, the same each time")
-    return latest(RunDirectory(Path(config.run.dir)).checkpoints) is not None
+    root = RunDirectory(Path(config.run.dir)).checkpoints
+    recover(root)
+    return latest(root) is not None
 
 
 def find_resumption(config: Config) -> Resumption:
