@@ -118,6 +118,7 @@ def _loop(
 
         rollouts = source.next(step, clock)
         with stop.held():
+            recorder.poll()
             data = assemble(rollouts.groups, config, rollouts.divergences, step=step)
             batch = mini_batches(data.sequences, config, scale, step)
             stats = NO_UPDATE

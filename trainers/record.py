@@ -85,7 +85,6 @@ class Recorder:
         self._ranks = stats.metrics.get("adalora/budget", self._ranks)
         if step == config.steps:
             self._warn_of_ranks()
-        self._checkpoints.poll()
         faults = self._faults_so_far()
         row |= {name: count - self._faults.get(name, 0) for name, count in faults.items()} | self._log.faults()
         self._faults = faults
@@ -111,6 +110,10 @@ class Recorder:
         self._screen.show_step(row, alerts)
         if step == config.steps:
             self._finish()
+
+    def poll(self) -> None:
+        """Give the checkpoint that is being written its name, if all of it is there."""
+        self._checkpoints.poll()
 
     def leave(self, waiting: Waiting) -> None:
         """Save the last finished step, unless it is."""

@@ -165,7 +165,7 @@ def test_components_of_the_settings_are_kept_where_an_export_has_none(
 ):
     out = export_run(first.path, "delta", tmp_path / "out").directory
     seen: list[Any] = []
-    monkeypatch.setattr("trainers.grpo.train", lambda config, name: seen.append(config))
+    monkeypatch.setattr("trainers.grpo.train", lambda config, **_: seen.append(config))
     components = {"*q_proj": "attention"}
     config = write_config(recipe | {"plan": {"components": components, "budget": {"ratio": 0.5}}})
     assert main(["import", str(out), "--config", str(config)]) == 0
