@@ -437,6 +437,7 @@ class Config(Settings):
                 f"cluster.backend=inline uses no cluster, but cluster.address={self.cluster.address!r} is given; "
                 "drop one of them"
             )
+        self._check_checkpoints()
         self._check_rewards()
         self._check_plan()
         self._check_algo()
@@ -511,6 +512,14 @@ class Config(Settings):
                 f"there are {' and '.join(map(str, sorted(numbers)))}; give one factor each, or none"
             )
 
+    def _check_checkpoints(self) -> None:
+        if self.checkpoint.keep_best and not (self.eval.every and self.checkpoint.every % self.eval.every == 0):
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} compares checkpoints by what is measured at their "
+                f"step, but checkpoint.every={self.checkpoint.every} is no multiple of eval.every={self.eval.every}; "
+                "make it one"
+            )
+
     def _check_rewards(self) -> None:
         names = [spec.name for spec in self.rewards]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -527,12 +536,6 @@ class Config(Settings):
             )
         if self.rewards[-1].gate is not None:
             raise ValueError(f"rewards: the gate of {names[-1]} does nothing, since no reward comes after it; drop it")
-        if self.checkpoint.keep_best and not (self.eval.every and self.checkpoint.every % self.eval.every == 0):
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} compares checkpoints by what is measured at their "
-                f"step, but checkpoint.every={self.checkpoint.every} is no multiple of eval.every={self.eval.every}; "
-                "make it one"
-            )
         if not self.eval.k and self.eval.right_from != EvalConfig().right_from:
             raise ValueError(f"eval.right_from={self.eval.right_from:g} does nothing with eval.k=0; drop it")
         if self.algo.reward_aggregation == "normalize_then_sum":
