@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LEARNER = "learner"
 STATE = "state.json"
+BEGUN = "begun.json"
+"""What `STATE` will say, but for the files that ranks are still writing, which are `awaited`."""
 PLAN = "plan.json"
 WAITING = "waiting.json"
 _FORMAT = 2
@@ -60,7 +63,7 @@ class TrainerState:
 class Saver(Protocol):
     """What writes the learner's state (`LearnerGroup`)."""
 
-    def begin_save(self, directory: str) -> None: ...
+    def begin_save(self, directory: str) -> Sequence[str]: ...
 
     def saved(self, wait: bool) -> Mapping[str, FileFacts] | None: ...
 
@@ -109,7 +112,9 @@ class Checkpoints:
             self._give_up(state.step, aside, error)
             return
         # The ranks may have started in another directory.
-        self._saver.begin_save(str((aside / LEARNER).resolve()))
+        awaited = self._saver.begin_save(str((aside / LEARNER).resolve()))
+        with suppress(OSError):  # it is for `recover` alone
+            _write_json(aside / BEGUN, _tree(state, files) | {"awaited": sorted(awaited)})
         self._begun = _Begun(state, aside, files)
         if not self._settings.background:
             self.finish()
@@ -131,8 +136,14 @@ class Checkpoints:
             written = self._saver.saved(wait)
             if written is None:
                 return
-            self._begun.files |= {f"{LEARNER}/{name}": facts for name, facts in written.items()}
-            self._rename(self._begun)
+            files = self._begun.files | {f"{LEARNER}/{name}": facts for name, facts in written.items()}
+            absent = next((name for name in files if not (aside / name).is_file()), None)
+            if absent is not None:
+                raise RuntimeError(
+                    f"a learner rank wrote {absent}, and it is not under {aside}; all ranks and the driver must see "
+                    "the run directory: put run.dir on a shared file system"
+                )
+            _give_name(aside, state, files)
         except OSError as error:
             self._begun = None
             self._give_up(state.step, aside, error)
@@ -142,25 +153,6 @@ class Checkpoints:
             self._rotate()
         except OSError as error:
             logger.warning("old checkpoints could not be deleted: %s", error)
-
-    def _rename(self, begun: _Begun) -> None:
-        aside, files = begun.aside, begun.files
-        absent = next((name for name in files if not (aside / name).is_file()), None)
-        if absent is not None:
-            raise RuntimeError(
-                f"a learner rank wrote {absent}, and it is not under {aside}; all ranks and the driver must see the "
-                "run directory: put run.dir on a shared file system"
-            )
-        (aside / LEARNER / WEIGHTS).rename(aside / WEIGHTS)
-        files[WEIGHTS] = files.pop(f"{LEARNER}/{WEIGHTS}")
-        write_state(aside, begun.state, files)
-        sync_path(aside / LEARNER)
-        sync_path(aside)
-        final = self._root / f"step_{begun.state.step:06d}"
-        if final.exists():  # a resumed run repeats a step that was saved already
-            _remove(final)
-        aside.rename(final)
-        sync_path(self._root)
 
     def _rotate(self) -> None:
         """Delete what is neither among the latest nor among the best; and later ones, whose steps are done again."""
@@ -186,8 +178,30 @@ class Checkpoints:
 
 def write_state(checkpoint: Path, state: TrainerState, files: Mapping[str, FileFacts]) -> None:
     """Write what a checkpoint is, and the files that it consists of."""
-    tree = {"format": _FORMAT, **asdict(state), "files": {name: asdict(facts) for name, facts in files.items()}}
-    write_atomically(checkpoint / STATE, json.dumps({**tree, "digest": _digest(tree)}, indent=1) + "\n")
+    _write_json(checkpoint / STATE, _tree(state, files))
+
+
+def _tree(state: TrainerState, files: Mapping[str, FileFacts]) -> dict[str, Any]:
+    return {"format": _FORMAT, **asdict(state), "files": {name: asdict(facts) for name, facts in files.items()}}
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps({**tree, "digest": _digest(tree)}, indent=1) + "\n")
+
+
+def _give_name(aside: Path, state: TrainerState, files: Mapping[str, FileFacts]) -> None:
+    """Make what was written aside the checkpoint of its step."""
+    weights = f"{LEARNER}/{WEIGHTS}"
+    (aside / weights).rename(aside / WEIGHTS)
+    write_state(aside, state, {WEIGHTS if name == weights else name: facts for name, facts in files.items()})
+    (aside / BEGUN).unlink(missing_ok=True)
+    sync_path(aside / LEARNER)
+    sync_path(aside)
+    final = aside.with_name(f"step_{state.step:06d}")
+    if final.exists():  # a resumed run repeats a step that was saved already
+        _remove(final)
+    aside.rename(final)
+    sync_path(final.parent)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -197,12 +211,20 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def recover(root: Path) -> None:
-    """Finish what a process that was killed had written whole and had only to rename."""
+    """Finish what the run that ended, or was killed, had written whole: all that is missing is its name."""
     for aside in root.glob(".writing_step_*"):
         final = root / aside.name.removeprefix(".writing_")
-        if (aside / STATE).is_file() and not final.exists():
-            aside.rename(final)
-            sync_path(root)
+        if final.exists():
+            continue
+        with suppress(OSError, ConfigError):  # it is not whole: the one before it is the latest
+            if not (aside / STATE).is_file():
+                state, tree = _load(aside / BEGUN)
+                files = {name: FileFacts(**facts) for name, facts in tree["files"].items()}
+                files |= {name: describe(aside / name) for name in (f"{LEARNER}/{name}" for name in tree["awaited"])}
+                _give_name(aside, state, files)
+            else:
+                aside.rename(final)
+                sync_path(root)
 
 
 def latest(root: Path) -> Path | None:
@@ -227,10 +249,10 @@ def latest_whole(root: Path, only: Collection[str] | None = None) -> tuple[Path,
 def damage(checkpoint: Path, only: Collection[str] | None = None) -> str | None:
     """What is wrong with a checkpoint's files (`only` these), every byte of which is read; `None` if nothing is."""
     try:
-        load_state(checkpoint)
+        _, rest = _load(checkpoint / STATE)
+        files = rest["files"]
     except ConfigError as error:
         return str(error)
-    files = _read(checkpoint)["files"]
     for name in files if only is None else only:
         path = checkpoint / name
         if not path.resolve().is_relative_to(checkpoint.resolve()):
@@ -246,20 +268,26 @@ def damage(checkpoint: Path, only: Collection[str] | None = None) -> str | None:
 
 def load_state(checkpoint: Path) -> TrainerState:
     """Raises `ConfigError` if it is damaged, or of another format."""
+    return _load(checkpoint / STATE)[0]
+
+
+def _load(path: Path) -> tuple[TrainerState, dict[str, Any]]:
+    """What `_write_json` wrote: the state, and what else is there. Raises `ConfigError`."""
     try:
-        tree = _read(checkpoint)
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest, version = tree.pop("digest", None), tree.get("format")
         if version != _FORMAT:
             raise ConfigError(
-                f"{checkpoint / STATE} has format {version}, and this version reads {_FORMAT}; go on with the version "
-                "of Hybrid-RL that wrote it"
+                f"{path} has format {version}, and this version reads {_FORMAT}; go on with the version of Hybrid-RL "
+                "that wrote it"
             )
         if digest != _digest(tree):
             raise ValueError("it is not what was written")
-        del tree["files"], tree["format"]
-        return TrainerState(**tree)
+        rest = {"files": tree.pop("files"), "awaited": tree.pop("awaited", [])}
+        del tree["format"]
+        return TrainerState(**tree), rest
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{checkpoint / STATE} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def load_waiting(checkpoint: Path) -> dict[str, tuple[Completion, ...]]:
@@ -276,10 +304,6 @@ def load_waiting(checkpoint: Path) -> dict[str, tuple[Completion, ...]]:
 def _completion(tree: Mapping[str, Any]) -> Completion:
     pairs = {name: tuple(tuple(pair) for pair in tree[name]) for name in ("later_versions", "given")}
     return Completion(**{**tree, "token_ids": tuple(tree["token_ids"]), "logprobs": tuple(tree["logprobs"]), **pairs})
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: after a crash it holds either the old content or the new one."""
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """Replace `path` by what is written to the path that this gives: after a crash it is the old file, or the new."""
     aside = path.with_name(f".writing_{path.name}")
-    aside.write_text(text, encoding="utf-8")
+    yield aside
     sync_path(aside)
     aside.rename(path)
     sync_path(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: after a crash it holds either the old content or the new one."""
+    with written_atomically(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 class Lines:

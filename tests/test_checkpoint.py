@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_rl.checkpoint import (
+    BEGUN,
     LEARNER,
     PLAN,
     STATE,
@@ -32,6 +33,7 @@ from hybrid_rl.files import FileFacts, sync_and_describe
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.types import Completion
 
+NAMES = ("rank_00000.safetensors", "rank_00001.safetensors", WEIGHTS)
 PLAN_0 = AdaptationPlan("tiny", "attention-only", {}, 0, ())
 
 
@@ -42,18 +44,21 @@ class Learner:
         self.at_once, self.fails = at_once, fails
         self.directory = Path()
 
-    def begin_save(self, directory: str) -> None:
+    def begin_save(self, directory: str) -> list[str]:
         self.directory = Path(directory)
+        return list(NAMES)
 
     def saved(self, wait: bool) -> Mapping[str, FileFacts] | None:
         if not (wait or self.at_once):
             return None
         if self.fails:
             raise OSError(errno.ENOSPC, "No space left on device")
-        names = ("rank_00000.safetensors", "rank_00001.safetensors", WEIGHTS)
+        self.write(*NAMES)
+        return {name: sync_and_describe(self.directory / name) for name in NAMES}
+
+    def write(self, *names: str) -> None:
         for name in names:
             (self.directory / name).write_text(f"{name} of {self.directory.parent.name}")
-        return {name: sync_and_describe(self.directory / name) for name in names}
 
 
 def state(step: int, accuracy: float | None = None) -> TrainerState:
@@ -199,6 +204,26 @@ def test_what_was_whole_and_not_yet_renamed_is_taken(tmp_path: Path):
     (tmp_path / ".writing_step_000003").mkdir()
     recover(tmp_path)
     assert names(tmp_path) == [1, 2]
+
+
+def test_what_ranks_wrote_whole_outlives_the_driver(tmp_path: Path):
+    """Ranks write in the background, and one may die, or the driver, before all that is there gets its name."""
+    learner = Learner(at_once=False)
+    Checkpoints(tmp_path, CheckpointConfig(), learner).begin(state(3), PLAN_0)
+    learner.write(*NAMES[:2])
+    recover(tmp_path)
+    assert names(tmp_path) == [], "a rank had not finished"
+    learner.write(*NAMES[2:])
+    recover(tmp_path)
+    path = tmp_path / "step_000003"
+    assert (load_state(path), damage(path)) == (state(3), None)
+    assert {p.name for p in path.iterdir()} == {LEARNER, PLAN, STATE, WEIGHTS}
+    Checkpoints(tmp_path, CheckpointConfig(), learner).begin(state(4), PLAN_0)
+    learner.write(*NAMES)
+    begun = tmp_path / ".writing_step_000004" / BEGUN
+    begun.write_text(begun.read_text().replace('"step": 4', '"step": 5'))
+    recover(tmp_path)
+    assert names(tmp_path) == [3], "what was to be saved is damaged"
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../step_000001/weights.safetensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -10,14 +11,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# It would print what it held back as a repetition at its end, from any thread.
+# Each line once would do, but it would print what it held back at its end, from any thread.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 # Ray starts its workers at niceness 15, behind whatever else runs; these are the job itself.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -130,7 +131,8 @@ class RayCluster:
         self._fetch_logs()
         if self._group is not None:
             remove_placement_group(self._group)
-        ray.shutdown()
+        with redirect_stdout(_RayLog()), redirect_stderr(_RayLog()):  # it says what it held back as a repetition
+            ray.shutdown()
         self._output()
 
     def _fetch_logs(self) -> None:
@@ -387,6 +389,15 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+class _RayLog(io.TextIOBase):
+    """What is written to it is logged."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logging.getLogger("raylet").warning("%s", _COLOUR.sub("", text.strip()))
+        return len(text)
+
+
 class _RayApart:
     """Standard output without what Ray's own threads print of workers' deaths, which is logged instead."""
 
@@ -408,9 +419,7 @@ class _RayApart:
 
     def write(self, text: str) -> int:
         if threading.current_thread().name.startswith("ray_"):
-            if text.strip():
-                logging.getLogger("raylet").warning("%s", _COLOUR.sub("", text.strip()))
-            return len(text)
+            return _RayLog().write(text)
         return self._output.write(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -91,9 +91,10 @@ class LearnerGroup:
         """Ranks that do not see a file of the driver's."""
         return [rank for rank, sees in enumerate(self._all("sees", path)) if not sees]
 
-    def begin_save(self, directory: str) -> None:
-        """Copy what training depends on, and begin to write it under `directory`."""
-        self._all("begin_save", directory)
+    def begin_save(self, directory: str) -> list[str]:
+        """Copy what training depends on, and begin to write it under `directory`. Returns the names of the files, each
+        of which appears when it is whole."""
+        return [name for names in self._all("begin_save", directory) for name in names]
 
     def saved(self, wait: bool) -> dict[str, FileFacts] | None:
         """The files that all ranks have written since; `None` if some are not there yet and `wait` is false. Raises

@@ -30,7 +30,7 @@ from hybrid_rl.algorithms import find_loss, policy_objective
 from hybrid_rl.components import cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.digests import digest, digest_of_all
-from hybrid_rl.files import FileFacts, sync_and_describe
+from hybrid_rl.files import FileFacts, describe, written_atomically
 from hybrid_rl.flops import count_flops, peak_tflops
 from hybrid_rl.learner.assemble import weigh
 from hybrid_rl.learner.batching import collate
@@ -262,9 +262,12 @@ class LearnerWorker:
         """Whether a file of the driver's is there."""
         return Path(path).is_file()
 
-    def begin_save(self, directory: str) -> None:
+    def begin_save(self, directory: str) -> list[str]:
         """Copy what training depends on into CPU memory, and begin to write it under `directory`; `saved` says when it
-        is there. Rank 0 also writes the trained weights alone (`WEIGHTS`)."""
+        is there. Rank 0 also writes the trained weights alone (`WEIGHTS`).
+
+        Returns the names of the files; each appears when it is whole.
+        """
         tensors, facts = self._engine.state()
         tensors |= random_state()
         trained = self._adapted.trained.items()
@@ -276,15 +279,18 @@ class LearnerWorker:
             deque(masters, maxlen=0)
             weights = None
 
+        paths = [shard_path(Path(directory), self._rank)] + ([Path(directory) / WEIGHTS] if weights is not None else [])
+
         def write() -> dict[str, FileFacts]:
-            paths = [shard_path(Path(directory), self._rank)]
-            write_shard(paths[0], tensors, facts)
+            with written_atomically(paths[0]) as aside:
+                write_shard(aside, tensors, facts)
             if weights is not None:
-                paths.append(Path(directory) / WEIGHTS)
-                write_weights(weights.items(), paths[1])
-            return {path.name: sync_and_describe(path) for path in paths}
+                with written_atomically(paths[1]) as aside:
+                    write_weights(weights.items(), aside)
+            return {path.name: describe(path) for path in paths}
 
         self._writing = self._writer.submit(write)
+        return [path.name for path in paths]
 
     def saved(self, wait: bool) -> dict[str, FileFacts] | None:
         """The files that `begin_save` wrote, synced; `None` if they are not there yet and `wait` is false.
