@@ -21,6 +21,7 @@ class Settings(BaseModel):
     """A section of the settings."""
 
     model_config = ConfigDict(
+        defer_build=True,
         extra="forbid",
         validate_default=True,
         use_attribute_docstrings=True,
