@@ -98,7 +98,7 @@ def test_workers_answer_fail_and_die_as_their_handles_say(tiny_config: Config):
         late = replacement.submit("sleep", 30)
         for wait in (late.ready, late.result):
             with pytest.raises(InterruptedError, match="asked to end"), asked_to_end(0.5):
-                wait(20.0)
+                wait(2.0)
     finally:
         cluster.close()
 

@@ -42,7 +42,7 @@ def settings(model: Path, directory: Path, *more: str) -> list[str]:
     "engine",
     [
         ["rollout.engine=transformers", "cluster.backend=inline", "learner.world_size=1"],
-        ["rollout.engine=vllm", "learner.world_size=2"],
+        pytest.param(["rollout.engine=vllm", "learner.world_size=2"], marks=pytest.mark.slow),
     ],
     ids=["transformers", "vllm"],
 )

@@ -145,7 +145,7 @@ def test_what_cannot_be_mended_stops_the_run_by_name(
     assert not read_metrics(tmp_path / "run" / "metrics.jsonl"), "no step was trained on it"
 
 
-@pytest.mark.parametrize("transport", ["object_store", "nccl"])
+@pytest.mark.parametrize("transport", ["object_store", pytest.param("nccl", marks=pytest.mark.slow)])
 def test_engines_that_die_or_hang_cost_time_and_no_prompt(
     learnable: dict,  # noqa: F811
     tmp_path: Path,
@@ -186,6 +186,7 @@ def test_a_learner_that_dies_in_a_sync_stops_the_run_by_name(
     check_rows(read_metrics(run.metrics), 3)
 
 
+@pytest.mark.slow
 def test_a_learner_that_hangs_stops_the_run_by_name(
     learnable: dict,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

@@ -127,7 +127,11 @@ def test_untied_head_and_embedding(tmp_path: Path, full: tuple[str, ...]):
 
 @pytest.mark.parametrize(
     ("mode", "dtype", "tolerance"),
-    [("native", "float32", 1e-4), ("merged", "float32", 1e-4), ("native", "bfloat16", 0.2)],
+    [
+        ("native", "float32", 1e-4),
+        pytest.param("merged", "float32", 1e-4, marks=pytest.mark.slow),
+        pytest.param("native", "bfloat16", 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_tensor_parallel(tmp_path: Path, mode: str, dtype: str, tolerance: float):
     """Two processes, which share one head of keys and values."""

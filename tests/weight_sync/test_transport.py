@@ -62,9 +62,7 @@ class Sides:
     """Of its three places in the cluster."""
 
     def start(self, place: int, name: str) -> WorkerHandle:
-        handle = self.cluster.start(self.first + place, Side, self.transport, name=name, takes=TAKES)
-        assert handle.submit("started").result()
-        return handle
+        return self.cluster.start(self.first + place, Side, self.transport, name=name, takes=TAKES)
 
     def meet(self, *engines: WorkerHandle) -> None:
         """As the driver does after engines were started or replaced."""
@@ -116,6 +114,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     found.first = ["memory", "object_store", "directory", "nccl"].index(kind) * 3 % 9
     found.learner = found.start(0, "learner")
     found.engines = [found.start(i, f"engine-{i}") for i in (1, 2)]
+    gather([side.submit("started") for side in (found.learner, *found.engines)])
     found.meet(*found.engines)
     yield found
     for each in (found.learner, *found.engines):
@@ -156,6 +155,7 @@ def test_a_replaced_engine_gets_the_updates_before_and_after_it_came(sides: Side
         with pytest.raises(SyncTimeout, match="part 0 was not sent: engine-2 did not ask for it within 3 s"):
             sides.deliver(before, sides.engines[0])
     sides.engines[1] = sides.start(2, "engine-2")
+    sides.engines[1].submit("started").result()
     sides.meet(sides.engines[1])
     assert sides.deliver(before, sides.engines[1]) == [PAYLOADS[:2]]
     sides.meet(*sides.engines)
