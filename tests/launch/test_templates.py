@@ -43,8 +43,88 @@ def test_shellcheck_has_nothing_to_say(script: Path):
 
 
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-GROUP = {"rayStartParams": TEXTS, "template": {"type": "object", "required": ["spec"]}}
 COUNT = {"type": "integer", "minimum": 0}
+TEXT = {"type": "string", "minLength": 1}
+
+
+def fields(required: str, **properties: dict) -> dict:
+    """An object of these fields alone."""
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": required.split(),
+        "properties": properties,
+    }
+
+
+def several(item: dict) -> dict:
+    return {"type": "array", "minItems": 1, "items": item}
+
+
+# Of Kubernetes' core/v1 PodSpec and Container, the fields that are used.
+COMMAND = fields("exec", exec=fields("command", command=several(TEXT)))
+SECRET = fields("secretKeyRef", secretKeyRef=fields("name key", name=TEXT, key=TEXT, optional={"type": "boolean"}))
+CONTAINER = fields(
+    "name image securityContext resources",
+    name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+    image=TEXT,
+    env=several(
+        {
+            **fields(
+                "name",
+                name={"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+                value={"type": "string"},
+                valueFrom=SECRET,
+            ),
+            "oneOf": [{"required": ["value"]}, {"required": ["valueFrom"]}],
+        }
+    ),
+    securityContext=fields(
+        "",
+        allowPrivilegeEscalation={"type": "boolean"},
+        capabilities=fields("", drop=several(TEXT), add=several(TEXT)),
+    ),
+    resources=fields(
+        "limits", limits={"type": "object", "additionalProperties": {"pattern": r"^\d+(m|[KMGT]i)?$"} | TEXT}
+    ),
+    readinessProbe={
+        **COMMAND,
+        "properties": COMMAND["properties"]
+        | {name: COUNT for name in ("initialDelaySeconds", "periodSeconds", "timeoutSeconds")},
+    },
+    lifecycle=fields("", preStop=COMMAND, postStart=COMMAND),
+    volumeMounts=several(fields("name mountPath", name=TEXT, mountPath={"type": "string", "pattern": "^/[^:]*$"})),
+)
+POD = fields(
+    "spec",
+    spec=fields(
+        "containers securityContext",
+        restartPolicy={"enum": ["Always", "OnFailure", "Never"]},
+        terminationGracePeriodSeconds=COUNT,
+        securityContext=fields(
+            "",
+            runAsNonRoot={"type": "boolean"},
+            runAsUser=COUNT,
+            runAsGroup=COUNT,
+            fsGroup=COUNT,
+            seccompProfile=fields("type", type={"enum": ["RuntimeDefault", "Localhost", "Unconfined"]}),
+        ),
+        containers=several(CONTAINER),
+        volumes=several(
+            {
+                **fields(
+                    "name",
+                    name=TEXT,
+                    persistentVolumeClaim=fields("claimName", claimName=TEXT),
+                    emptyDir=fields("", medium={"enum": ["", "Memory"]}, sizeLimit=TEXT),
+                ),
+                "minProperties": 2,
+                "maxProperties": 2,
+            }
+        ),
+    ),
+)
+GROUP = {"rayStartParams": TEXTS, "template": POD}
 RAY_JOB = {
     # Of KubeRay's ray.io/v1 RayJobSpec, RayClusterSpec, HeadGroupSpec and WorkerGroupSpec, the fields that are used.
     "type": "object",
@@ -63,7 +143,7 @@ RAY_JOB = {
                 "backoffLimit": COUNT,
                 "shutdownAfterJobFinishes": {"type": "boolean"},
                 "ttlSecondsAfterFinished": COUNT,
-                "submitterPodTemplate": {"type": "object", "required": ["spec"]},
+                "submitterPodTemplate": POD,
                 "rayClusterSpec": {
                     "type": "object",
                     "additionalProperties": False,
@@ -119,6 +199,29 @@ def test_the_manifest_is_of_this_version(job: dict):
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == pin("ray", "gpu.txt") == pin("ray", "cpu.lock")
     everywhere = [*pods(job), job["spec"]["submitterPodTemplate"]["spec"]]
     assert {pod["containers"][0]["image"] for pod in everywhere} == {f"hybrid-rl:{PROJECT['version']}-gpu"}
+
+
+def test_what_a_pod_mounts_it_has(job: dict):
+    for pod in pods(job):
+        volumes = [volume["name"] for volume in pod["volumes"]]
+        assert sorted(volumes) == sorted({mount["name"] for c in pod["containers"] for mount in c["volumeMounts"]})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("mountPath: /runs", "mountpath: /runs"),
+        ("command: [wget", "comand: [wget"),
+        ("sizeLimit: 64Gi", "sizelimit: 64Gi"),
+        ('cpu: "32"', "cpu: many"),
+        ("claimName: hybrid-rl-runs", "claim: hybrid-rl-runs"),
+    ],
+)
+def test_a_misspelt_field_is_noticed(old: str, new: str):
+    manifest = (ROOT / "launch" / "kuberay" / "rayjob.yaml").read_text()
+    assert old in manifest
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(manifest.replace(old, new)), RAY_JOB)
 
 
 def test_no_pod_is_root(job: dict):
