@@ -2,24 +2,25 @@
 
 `checkpoints/step_000010/` holds what each learner rank needs to go on (`learner/`), the trained weights alone, in fp32
 (`weights.safetensors`), the plan, rollouts that were waiting to be trained on (`waiting.json`, asynchronous runs), and
-`state.json`, which has the size and digest of all of these. Nothing in it is a pickle.
+`state.json`, which has the size and digest of all of these. Nothing in it is a pickle. Ranks write in the background:
+until all have, `begun.json` says what it will be, by which `recover` can finish it when the run has ended.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
+import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
 
-from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.config import CheckpointConfig, ConfigError
 from hybrid_rl.files import FileFacts, describe, sync_and_describe, sync_path, write_atomically
 from hybrid_rl.plan import AdaptationPlan
@@ -27,7 +28,6 @@ from hybrid_rl.types import Completion
 
 logger = logging.getLogger(__name__)
 
-LEARNER = "learner"
 STATE = "state.json"
 BEGUN = "begun.json"
 """What `STATE` will say, but for the files that ranks are still writing, which are `awaited`."""
@@ -63,7 +63,7 @@ class TrainerState:
 class Saver(Protocol):
     """What writes the learner's state (`LearnerGroup`)."""
 
-    def begin_save(self, directory: str) -> Sequence[str]: ...
+    def begin_save(self, checkpoint: str) -> Sequence[str]: ...
 
     def saved(self, wait: bool) -> Mapping[str, FileFacts] | None: ...
 
@@ -96,12 +96,13 @@ class Checkpoints:
         written."""
         self.finish()
         root = self._root
-        aside = root / f".writing_step_{state.step:06d}"
+        # What is still written of an earlier try at this step, on a machine that was cut off, is written elsewhere.
+        aside = root / f".writing_{_name(state.step)}_{secrets.token_hex(4)}"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in [*root.glob(".writing_*"), *root.glob(".old_*")]:
+            for leftover in root.glob(".old_*"):
                 _delete(leftover)
-            (aside / LEARNER).mkdir(parents=True)
+            aside.mkdir()
             plan.save(aside / PLAN)
             files = {PLAN: sync_and_describe(aside / PLAN)}
             if waiting:
@@ -112,9 +113,11 @@ class Checkpoints:
             self._give_up(state.step, aside, error)
             return
         # The ranks may have started in another directory.
-        awaited = self._saver.begin_save(str((aside / LEARNER).resolve()))
-        with suppress(OSError):  # it is for `recover` alone
+        awaited = self._saver.begin_save(str(aside.resolve()))
+        try:
             _write_json(aside / BEGUN, _tree(state, files) | {"awaited": sorted(awaited)})
+        except OSError as error:
+            logger.warning("if the run ended before step %d is saved, it could not be finished: %s", state.step, error)
         self._begun = _Begun(state, aside, files)
         if not self._settings.background:
             self.finish()
@@ -136,14 +139,15 @@ class Checkpoints:
             written = self._saver.saved(wait)
             if written is None:
                 return
-            files = self._begun.files | {f"{LEARNER}/{name}": facts for name, facts in written.items()}
+            files = {**self._begun.files, **written}
             absent = next((name for name in files if not (aside / name).is_file()), None)
             if absent is not None:
                 raise RuntimeError(
                     f"a learner rank wrote {absent}, and it is not under {aside}; all ranks and the driver must see "
                     "the run directory: put run.dir on a shared file system"
                 )
-            _give_name(aside, state, files)
+            write_state(aside, state, files)
+            _give_name(aside, self._root / _name(state.step))
         except OSError as error:
             self._begun = None
             self._give_up(state.step, aside, error)
@@ -169,7 +173,7 @@ class Checkpoints:
 
     def _give_up(self, step: int, aside: Path, error: OSError) -> None:
         self.failed += 1
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
         logger.error(
             "step %d could not be saved under %s: %s; training goes on, a resumed run would begin after step %d",
             *(step, self._root, error, self.last or 0),
@@ -189,15 +193,11 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps({**tree, "digest": _digest(tree)}, indent=1) + "\n")
 
 
-def _give_name(aside: Path, state: TrainerState, files: Mapping[str, FileFacts]) -> None:
-    """Make what was written aside the checkpoint of its step."""
-    weights = f"{LEARNER}/{WEIGHTS}"
-    (aside / weights).rename(aside / WEIGHTS)
-    write_state(aside, state, {WEIGHTS if name == weights else name: facts for name, facts in files.items()})
-    (aside / BEGUN).unlink(missing_ok=True)
-    sync_path(aside / LEARNER)
+def _give_name(aside: Path, final: Path) -> None:
+    """Make what was written aside, `STATE` last, the checkpoint of its step."""
+    for mark in (BEGUN, f".writing_{BEGUN}"):
+        (aside / mark).unlink(missing_ok=True)
     sync_path(aside)
-    final = aside.with_name(f"step_{state.step:06d}")
     if final.exists():  # a resumed run repeats a step that was saved already
         _remove(final)
     aside.rename(final)
@@ -211,20 +211,50 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def recover(root: Path) -> None:
-    """Finish what the run that ended, or was killed, had written whole: all that is missing is its name."""
-    for aside in root.glob(".writing_step_*"):
-        final = root / aside.name.removeprefix(".writing_")
-        if final.exists():
+    """Finish what a run that ended had written whole, and delete what it had not. Not for a run that goes on.
+
+    Raises `ConfigError` if that cannot be told.
+    """
+    for aside in sorted(root.glob(".writing_step_*")):
+        final = root / aside.name.removeprefix(".writing_").rpartition("_")[0]
+        # A run begins after the latest that is whole: what is there of the same step is damaged.
+        if final.exists() and damage(final) is None:
+            _delete(aside)
             continue
-        with suppress(OSError, ConfigError):  # it is not whole: the one before it is the latest
+        try:
             if not (aside / STATE).is_file():
-                state, tree = _load(aside / BEGUN)
-                files = {name: FileFacts(**facts) for name, facts in tree["files"].items()}
-                files |= {name: describe(aside / name) for name in (f"{LEARNER}/{name}" for name in tree["awaited"])}
-                _give_name(aside, state, files)
-            else:
-                aside.rename(final)
-                sync_path(root)
+                _complete(aside, final)
+            _give_name(aside, final)
+        except (FileNotFoundError, _NotWhole) as reason:
+            logger.warning("%s was not written to its end, and is not gone on from: %s", final.name, reason)
+            _delete(aside)
+        except (OSError, ConfigError) as error:
+            raise ConfigError(f"{error}; mend that, or delete {aside} and go on from the one before") from None
+
+
+class _NotWhole(ValueError):
+    """A checkpoint has not the files that it should have."""
+
+
+def _complete(aside: Path, final: Path) -> None:
+    """Write `STATE`. Raises `FileNotFoundError` or `_NotWhole` if something else is missing."""
+    if not (aside / BEGUN).is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(aside / BEGUN))
+    state, known, awaited = _load(aside / BEGUN)
+    found = {name: describe(_file_of(aside, name)) for name in [*known, *awaited]}
+    if _name(state.step) != final.name or found != found | known:
+        raise _NotWhole(f"{aside / BEGUN} is of something else")
+    write_state(aside, state, found)
+
+
+def _file_of(checkpoint: Path, name: str) -> Path:
+    """Raises `_NotWhole` if that is not in the checkpoint, `FileNotFoundError` if it is no file."""
+    path = checkpoint / name
+    if not path.resolve().is_relative_to(checkpoint.absolute()):
+        raise _NotWhole(f"{checkpoint / STATE} names {name}, which is not in it")
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    return path
 
 
 def latest(root: Path) -> Path | None:
@@ -249,20 +279,16 @@ def latest_whole(root: Path, only: Collection[str] | None = None) -> tuple[Path,
 def damage(checkpoint: Path, only: Collection[str] | None = None) -> str | None:
     """What is wrong with a checkpoint's files (`only` these), every byte of which is read; `None` if nothing is."""
     try:
-        _, rest = _load(checkpoint / STATE)
-        files = rest["files"]
-    except ConfigError as error:
+        _, files, _ = _load(checkpoint / STATE)
+        for name in files if only is None else only:
+            if name not in files or describe(_file_of(checkpoint, name)) != files[name]:
+                return f"{checkpoint / name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{error.filename} is not what was written"
+    except OSError as error:
+        return f"{error.filename or checkpoint} cannot be read: {error.strerror or error}"
+    except (ConfigError, _NotWhole) as error:
         return str(error)
-    for name in files if only is None else only:
-        path = checkpoint / name
-        if not path.resolve().is_relative_to(checkpoint.resolve()):
-            return f"{checkpoint / STATE} names {name}, which is not in it"
-        try:
-            whole = name in files and path.is_file() and describe(path) == FileFacts(**files[name])
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror or error}"
-        if not whole:
-            return f"{path} is not what was written"
     return None
 
 
@@ -271,8 +297,9 @@ def load_state(checkpoint: Path) -> TrainerState:
     return _load(checkpoint / STATE)[0]
 
 
-def _load(path: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """What `_write_json` wrote: the state, and what else is there. Raises `ConfigError`."""
+def _load(path: Path) -> tuple[TrainerState, dict[str, FileFacts], list[str]]:
+    """What `_write_json` wrote: the state, the files that were there, and those that were awaited. Raises `ConfigError`
+    if it is damaged, or of another format."""
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest, version = tree.pop("digest", None), tree.get("format")
@@ -283,9 +310,10 @@ def _load(path: Path) -> tuple[TrainerState, dict[str, Any]]:
             )
         if digest != _digest(tree):
             raise ValueError("it is not what was written")
-        rest = {"files": tree.pop("files"), "awaited": tree.pop("awaited", [])}
+        files = {name: FileFacts(**facts) for name, facts in tree.pop("files").items()}
+        awaited = [str(name) for name in tree.pop("awaited", [])]
         del tree["format"]
-        return TrainerState(**tree), rest
+        return TrainerState(**tree), files, awaited
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
@@ -310,6 +338,10 @@ def _digest(tree: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
@@ -332,6 +364,11 @@ def _remove(checkpoint: Path) -> None:
 def _delete(directory: Path) -> None:
     """What is left of it is tried again with the next checkpoint."""
     try:
-        directory.unlink() if directory.is_symlink() else shutil.rmtree(directory)
+        if directory.is_symlink():
+            directory.unlink()
+            return
+        for mark in (STATE, BEGUN):  # first: what is half deleted is no checkpoint, nor one that can be finished
+            (directory / mark).unlink(missing_ok=True)
+        shutil.rmtree(directory)
     except OSError as error:
         logger.warning("%s is not needed any more and could not be deleted: %s", directory, error)

@@ -64,7 +64,7 @@ def sync_path(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file was when it was written."""
+    """What a file was when it was written, or found whole."""
 
     size: int
     digest: str

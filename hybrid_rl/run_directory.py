@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import logging
+import os
 import secrets
 import shutil
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,7 @@ class RunDirectory:
         self.report = path / "report.html"
         self.machine = path / "machine.json"
         self.logs = path / "logs"
+        self.lock = path / ".lock"
         self._made: list[Path] = []
         """What `create` made that was not there."""
         self._settings_before: Path | None = None
@@ -58,7 +63,8 @@ class RunDirectory:
                 f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume (or "
                 "--auto-resume, which begins it again where it has no checkpoint)"
             )
-        run._made = [path for path in (run.config, run.logs, run.rollouts, run.path) if not path.exists()]
+        made = (run.config, run.lock, run.logs, run.rollouts, run.path)
+        run._made = [path for path in made if not path.exists()]
         try:
             run.rollouts.mkdir(parents=True, exist_ok=True)
             run._write_settings(config)
@@ -122,13 +128,39 @@ class RunDirectory:
         if self._settings_before is not None:
             self._settings_before.rename(self.config)
         for path in self._made:
-            if path == self.config:
+            if path in (self.config, self.lock):
                 path.unlink(missing_ok=True)
             elif path == self.logs:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):  # it holds other things by now
                     path.rmdir()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from training in this directory. The lock ends with the process, however that ends.
+
+        Raises `ConfigError` if another one does.
+        """
+        try:
+            file = self.lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir={str(self.path)!r} cannot be written: {error}") from None
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    raise ConfigError(
+                        f"run.dir={str(self.path)!r} is in use: {file.read().strip()} trains in it; wait for it, stop "
+                        f"it, or choose another. If its machine is gone, delete {self.lock}"
+                    ) from None
+                logger.warning("%s cannot be locked (%s): see to it that no other run uses it", self.path, error)
+            yield
 
     def identity(self) -> str:
         """By which trackers know the run: the same for as long as its directory is there."""

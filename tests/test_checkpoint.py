@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import xxhash
 
+from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.checkpoint import (
     BEGUN,
-    LEARNER,
     PLAN,
     STATE,
-    WEIGHTS,
     Checkpoints,
     TrainerState,
     checkpoints,
@@ -29,11 +30,12 @@ from hybrid_rl.checkpoint import (
     write_state,
 )
 from hybrid_rl.config import CheckpointConfig, ConfigError
-from hybrid_rl.files import FileFacts, sync_and_describe
+from hybrid_rl.files import FileFacts, sync_and_describe, write_atomically
+from hybrid_rl.learner.shards import LEARNER
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.types import Completion
 
-NAMES = ("rank_00000.safetensors", "rank_00001.safetensors", WEIGHTS)
+NAMES = (f"{LEARNER}/rank_00000.safetensors", f"{LEARNER}/rank_00001.safetensors", WEIGHTS)
 PLAN_0 = AdaptationPlan("tiny", "attention-only", {}, 0, ())
 
 
@@ -44,8 +46,8 @@ class Learner:
         self.at_once, self.fails = at_once, fails
         self.directory = Path()
 
-    def begin_save(self, directory: str) -> list[str]:
-        self.directory = Path(directory)
+    def begin_save(self, checkpoint: str) -> list[str]:
+        self.directory = Path(checkpoint)
         return list(NAMES)
 
     def saved(self, wait: bool) -> Mapping[str, FileFacts] | None:
@@ -57,8 +59,9 @@ class Learner:
         return {name: sync_and_describe(self.directory / name) for name in NAMES}
 
     def write(self, *names: str) -> None:
+        (self.directory / LEARNER).mkdir(exist_ok=True)
         for name in names:
-            (self.directory / name).write_text(f"{name} of {self.directory.parent.name}")
+            write_atomically(self.directory / name, f"{name} of {self.directory.name[:20]}")
 
 
 def state(step: int, accuracy: float | None = None) -> TrainerState:
@@ -136,7 +139,7 @@ def test_a_full_disk_costs_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_files_that_other_hosts_wrote_elsewhere_are_noticed(tmp_path: Path):
     class Elsewhere(Learner):
         def saved(self, wait: bool) -> Mapping[str, FileFacts]:
-            return {"rank_00000.safetensors": FileFacts(3, "0")}
+            return {NAMES[0]: FileFacts(3, "0")}
 
     with pytest.raises(RuntimeError, match=r"put run.dir on a shared file system"):
         save(tmp_path, state(1), learner=Elsewhere())
@@ -198,32 +201,68 @@ def test_what_cannot_be_deleted_stops_no_saving(tmp_path: Path, caplog: pytest.L
     assert load_state(elsewhere / "step_000001") == state(1), "what a link leads to stays"
 
 
-def test_what_was_whole_and_not_yet_renamed_is_taken(tmp_path: Path):
-    save(tmp_path, state(1), state(2))
-    (tmp_path / "step_000002").rename(tmp_path / ".writing_step_000002")
-    (tmp_path / ".writing_step_000003").mkdir()
+def begun(root: Path, at: TrainerState, *written: str) -> Path:
+    """A save whose driver has gone, when ranks had written these files."""
+    learner = Learner(at_once=False)
+    Checkpoints(root, CheckpointConfig(), learner).begin(at, PLAN_0)
+    learner.write(*written)
+    return learner.directory
+
+
+def test_what_ranks_wrote_whole_outlives_the_driver(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Ranks write in the background, and one may die, or the driver, before all that is there gets its name."""
+    save(tmp_path, state(1))
+    begun(tmp_path, state(2), *NAMES)
+    begun(tmp_path, state(3), *NAMES[:2])
     recover(tmp_path)
+    assert names(tmp_path) == [1, 2]
+    path = tmp_path / "step_000002"
+    assert (load_state(path), damage(path)) == (state(2), None)
+    assert {p.name for p in path.iterdir()} == {LEARNER, PLAN, STATE, WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "step_000002"}
+    assert "step_000003 was not written to its end" in caplog.text
+
+
+def test_what_was_written_again_replaces_what_is_damaged(tmp_path: Path):
+    save(tmp_path, state(1), state(2))
+    begun(tmp_path, state(1), *NAMES)  # which is whole: this was an earlier try
+    (tmp_path / "step_000002" / WEIGHTS).write_text("damaged")
+    begun(tmp_path, state(2), *NAMES)
+    recover(tmp_path)
+    assert latest_whole(tmp_path) == (tmp_path / "step_000002", [])
     assert names(tmp_path) == [1, 2]
 
 
-def test_what_ranks_wrote_whole_outlives_the_driver(tmp_path: Path):
-    """Ranks write in the background, and one may die, or the driver, before all that is there gets its name."""
-    learner = Learner(at_once=False)
-    Checkpoints(tmp_path, CheckpointConfig(), learner).begin(state(3), PLAN_0)
-    learner.write(*NAMES[:2])
+@pytest.mark.parametrize("how", ["step", "plan", "outside", "link", "pipe"])
+def test_what_was_begun_and_is_not_what_it_says_is_deleted(tmp_path: Path, how: str):
+    save(tmp_path, state(1))
+    aside = begun(tmp_path, state(2), *NAMES)
+    tree = json.loads((aside / BEGUN).read_text())
+    if how == "plan":
+        (aside / PLAN).unlink()
+    elif how == "link":
+        shutil.rmtree(aside / LEARNER)
+        (aside / LEARNER).symlink_to(tmp_path / "step_000001" / LEARNER)
+    elif how == "pipe":
+        (aside / WEIGHTS).unlink()
+        os.mkfifo(aside / WEIGHTS)
+    else:
+        tree |= {"step": 1} if how == "step" else {"awaited": [f"{'../' * 20}dev/zero"]}
+        del tree["digest"]
+        digest = xxhash.xxh3_128(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        (aside / BEGUN).write_text(json.dumps({**tree, "digest": digest}))
     recover(tmp_path)
-    assert names(tmp_path) == [], "a rank had not finished"
-    learner.write(*NAMES[2:])
-    recover(tmp_path)
-    path = tmp_path / "step_000003"
-    assert (load_state(path), damage(path)) == (state(3), None)
-    assert {p.name for p in path.iterdir()} == {LEARNER, PLAN, STATE, WEIGHTS}
-    Checkpoints(tmp_path, CheckpointConfig(), learner).begin(state(4), PLAN_0)
-    learner.write(*NAMES)
-    begun = tmp_path / ".writing_step_000004" / BEGUN
-    begun.write_text(begun.read_text().replace('"step": 4', '"step": 5'))
-    recover(tmp_path)
-    assert names(tmp_path) == [3], "what was to be saved is damaged"
+    assert {p.name for p in tmp_path.iterdir()} == {"step_000001"}
+    assert damage(tmp_path / "step_000001") is None
+
+
+def test_what_cannot_be_told_is_not_deleted(tmp_path: Path):
+    save(tmp_path, state(1))
+    aside = begun(tmp_path, state(2), *NAMES)
+    (aside / BEGUN).write_text((aside / BEGUN).read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(ConfigError, match=r"has format 3, .*; mend that, or delete \S+/\.writing_step_000002_"):
+        recover(tmp_path)
+    assert aside.is_dir()
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../step_000001/weights.safetensors"])
@@ -261,17 +300,30 @@ def _killed(root: Path, at: str, nth: int) -> None:
     save(root, state(2), keep_last=3)
 
 
-@pytest.mark.parametrize(("at", "nth"), [("fsync", i) for i in (1, 3, 5, 7, 8)] + [("rename", i) for i in (1, 2, 3)])
-def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path: Path, at: str, nth: int):
-    save(tmp_path, state(1), keep_last=3)
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path, at, nth))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
-    found = latest_whole(tmp_path)
-    assert found is not None
-    assert found[0].name == "step_000001"
-    assert found[1] == []
-    save(tmp_path, state(2), keep_last=3)
-    assert names(tmp_path) == [1, 2]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+@pytest.mark.parametrize(("at", "calls"), [("fsync", 18), ("rename", 7), ("unlink", 2)])
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path, at: str, calls: int):
+    """At every one of its calls; from the one on after which all files are there, that is the new one."""
+    found = []
+    for nth in itertools.count(1):
+        root = tmp_path / str(nth)
+        save(root, state(1), keep_last=3)
+        process = multiprocessing.get_context("fork").Process(target=_killed, args=(root, at, nth))
+        process.start()
+        process.join()
+        whole = latest_whole(root)
+        assert whole is not None
+        assert whole[1] == [], "nothing that is half written has a name"
+        recover(root)
+        whole = latest_whole(root)
+        assert whole is not None
+        assert whole[1] == []
+        assert {path.name for path in root.iterdir()} == {f"step_{step:06d}" for step in names(root)}
+        found.append(load_state(whole[0]).step)
+        save(root, state(2), keep_last=3)
+        assert names(root) == [1, 2]
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+    assert len(found) == calls + 1
+    assert found == sorted(found)
+    assert set(found) == ({1, 2} if at != "unlink" else {2})

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_rl import merged_files
-from hybrid_rl.adaptation import Start, apply_plan, read_start, write_weights
-from hybrid_rl.checkpoint import STATE, WEIGHTS, TrainerState, load_state, write_state
+from hybrid_rl.adaptation import WEIGHTS, Start, apply_plan, read_start, write_weights
+from hybrid_rl.checkpoint import STATE, TrainerState, load_state, write_state
 from hybrid_rl.cli import main
 from hybrid_rl.cluster.base import worker_environment
 from hybrid_rl.components import UnknownArchitecture, read_model

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Literal
 
-from hybrid_rl.checkpoint import TrainerState
+from hybrid_rl.checkpoint import TrainerState, recover
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.data import PromptSource
 from hybrid_rl.drawings import draw_curve, draw_routing
@@ -36,21 +37,26 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
 
     `resume`: go on with the run in `run.dir`; `auto`: if it has a checkpoint, else begin, or begin again.
     """
-    task, resumption = check_run(config, resume)
-    run = resumption.run if resumption else RunDirectory.create(config, name, again=resume == "auto")
-    log_to(run.logs)
-    run.write_machine()
-    try:
-        with StopSignal() as stop:
-            _run(config, task, run, resumption, stop)
-    except Stopped:
-        raise Stopped(standing(run)) from None
-    except ConfigError:
-        run.discard()
-        raise
-    finally:
-        scrub_files(run.logs)
-    return run
+    with ExitStack() as held:
+        if resume and config.run.dir is not None and (there := RunDirectory(Path(config.run.dir))).path.is_dir():
+            held.enter_context(there.alone())
+            recover(there.checkpoints)
+        task, resumption = check_run(config, resume)
+        run = resumption.run if resumption else RunDirectory.create(config, name, again=resume == "auto")
+        held.enter_context(run.alone())
+        log_to(run.logs)
+        run.write_machine()
+        try:
+            with StopSignal() as stop:
+                _run(config, task, run, resumption, stop)
+        except Stopped:
+            raise Stopped(standing(run)) from None
+        except ConfigError:
+            run.discard()
+            raise
+        finally:
+            scrub_files(run.logs)
+        return run
 
 
 def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Resumption | None]:

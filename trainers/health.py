@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -139,9 +140,11 @@ def _libraries() -> Iterator[Finding]:
         todo = "" if there else "install libnuma1 (Debian, Ubuntu) or numactl-libs, or rollout.engine=transformers"
         found = "libnuma.so.1" + (" is there" if there else " cannot be loaded: vLLM on CPUs does not start without it")
         yield Finding("libnuma", "ok" if there else "fail", found, todo)
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++")), None)
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    compiler = next(filter(shutil.which, named or ("c++", "g++", "clang++")), None)
     todo = "" if compiler else "install g++: PyTorch, Triton and DeepSpeed build kernels as they run"
-    yield Finding("C++ compiler", "ok" if compiler else "warn", compiler or "none is found", todo)
+    found = compiler or (f"CXX={named[0]} is not there" if named else "none is found")
+    yield Finding("C++ compiler", "ok" if compiler else "warn", found, todo)
 
 
 def _gpus() -> Iterator[Finding]:

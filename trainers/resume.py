@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hybrid_rl.checkpoint import LEARNER, PLAN, TrainerState, latest, latest_whole, load_state, load_waiting, recover
+from hybrid_rl.checkpoint import PLAN, TrainerState, latest, latest_whole, load_state, load_waiting
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.evaluate import evaluate, is_due
 from hybrid_rl.learner import LearnerGroup
@@ -37,16 +37,13 @@ def can_resume(config: Config) -> bool:
     """Whether `run.dir` has a finished checkpoint."""
     if config.run.dir is None:
         raise ConfigError("--auto-resume needs run.dir=DIRECTORY, the same each time")
-    root = RunDirectory(Path(config.run.dir)).checkpoints
-    recover(root)
-    return latest(root) is not None
+    return latest(RunDirectory(Path(config.run.dir)).checkpoints) is not None
 
 
 def find_resumption(config: Config) -> Resumption:
     """Raises `ConfigError` if `run.dir` holds no run to go on with, or one of other settings or of another plan."""
     run = RunDirectory.open(config)
     plan = AdaptationPlan.load(run.plan, "run.dir's plan")
-    recover(run.checkpoints)
     found = latest_whole(run.checkpoints)
     if found is None:
         raise ConfigError(
@@ -86,7 +83,7 @@ def restore(resumption: Resumption, config: Config, task: Task, workplace: Workp
             *(resumption.checkpoint.name, state.layout, layout),
         )
     learner.build(resumption.plan)
-    learner.load(str(resumption.checkpoint.resolve() / LEARNER))
+    learner.load(str(resumption.checkpoint.resolve()))
     workplace.sync(state.step)
     if is_due(state.step, config) and "eval/accuracy" not in state.row:
         found = evaluate(workplace.answers, task.eval, config).metrics

@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Each line once would do, but it would print what it held back at its end, from any thread.
+# It would print what it held back as a repetition at its end, from any thread. Heeded if Ray is not imported yet.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 # Ray starts its workers at niceness 15, behind whatever else runs; these are the job itself.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -131,7 +131,7 @@ class RayCluster:
         self._fetch_logs()
         if self._group is not None:
             remove_placement_group(self._group)
-        with redirect_stdout(_RayLog()), redirect_stderr(_RayLog()):  # it says what it held back as a repetition
+        with redirect_stdout(_RayLog()):  # if `RAY_DEDUP_LOGS` came too late, it tells what it held back
             ray.shutdown()
         self._output()
 

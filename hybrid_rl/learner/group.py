@@ -91,10 +91,10 @@ class LearnerGroup:
         """Ranks that do not see a file of the driver's."""
         return [rank for rank, sees in enumerate(self._all("sees", path)) if not sees]
 
-    def begin_save(self, directory: str) -> list[str]:
-        """Copy what training depends on, and begin to write it under `directory`. Returns the names of the files, each
-        of which appears when it is whole."""
-        return [name for names in self._all("begin_save", directory) for name in names]
+    def begin_save(self, checkpoint: str) -> list[str]:
+        """Copy what training depends on, and begin to write it to this directory. Returns the files, as they are named
+        from there; each appears when it is whole."""
+        return [name for names in self._all("begin_save", checkpoint) for name in names]
 
     def saved(self, wait: bool) -> dict[str, FileFacts] | None:
         """The files that all ranks have written since; `None` if some are not there yet and `wait` is false. Raises
@@ -102,8 +102,8 @@ class LearnerGroup:
         of_ranks = self._all("saved", wait)
         return None if None in of_ranks else {name: facts for files in of_ranks for name, facts in files.items()}
 
-    def load(self, directory: str) -> None:
-        self._all("load", directory)
+    def load(self, checkpoint: str) -> None:
+        self._all("load", checkpoint)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Call every rank, and wait for all: the answers by rank."""

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from hybrid_rl.adaptation.molf import Fragment
 
+LEARNER = "learner"
+"""Subdirectory of a checkpoint."""
 _FACTS = "facts"
 _RANDOM = "random"
 
 
-def shard_path(directory: Path, rank: int) -> Path:
-    return directory / f"rank_{rank:05d}.safetensors"
+def shard_path(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / LEARNER / f"rank_{rank:05d}.safetensors"
 
 
 def piece_key(kind: str, offset: int, name: str) -> str:
@@ -92,11 +94,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, A
 class Shards:
     """What all ranks wrote."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, checkpoint: Path) -> None:
         """Raises `ValueError` if there is nothing, or what cannot be read."""
         self._files: list[Any] = []
         self._pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
         """By kind and parameter: first element, file and key of each piece."""
+        directory = checkpoint / LEARNER
         paths = sorted(directory.glob("rank_*.safetensors"))
         if not paths:
             raise ValueError(f"{directory} has no learner state")

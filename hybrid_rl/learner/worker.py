@@ -262,11 +262,11 @@ class LearnerWorker:
         """Whether a file of the driver's is there."""
         return Path(path).is_file()
 
-    def begin_save(self, directory: str) -> list[str]:
-        """Copy what training depends on into CPU memory, and begin to write it under `directory`; `saved` says when it
-        is there. Rank 0 also writes the trained weights alone (`WEIGHTS`).
+    def begin_save(self, checkpoint: str) -> list[str]:
+        """Copy what training depends on into CPU memory, and begin to write it under `LEARNER` of this directory;
+        `saved` says when it is there. Rank 0 also writes the trained weights alone (`WEIGHTS`).
 
-        Returns the names of the files; each appears when it is whole.
+        Returns the files, as they are named from there; each appears when it is whole.
         """
         tensors, facts = self._engine.state()
         tensors |= random_state()
@@ -279,18 +279,20 @@ class LearnerWorker:
             deque(masters, maxlen=0)
             weights = None
 
-        paths = [shard_path(Path(directory), self._rank)] + ([Path(directory) / WEIGHTS] if weights is not None else [])
+        root = Path(checkpoint)
+        shard = shard_path(root, self._rank)
+        names = [str(shard.relative_to(root)), *([WEIGHTS] if weights is not None else [])]
 
         def write() -> dict[str, FileFacts]:
-            with written_atomically(paths[0]) as aside:
+            with written_atomically(shard) as aside:
                 write_shard(aside, tensors, facts)
             if weights is not None:
-                with written_atomically(paths[1]) as aside:
+                with written_atomically(root / WEIGHTS) as aside:
                     write_weights(weights.items(), aside)
-            return {path.name: describe(path) for path in paths}
+            return {name: describe(root / name) for name in names}
 
         self._writing = self._writer.submit(write)
-        return [path.name for path in paths]
+        return names
 
     def saved(self, wait: bool) -> dict[str, FileFacts] | None:
         """The files that `begin_save` wrote, synced; `None` if they are not there yet and `wait` is false.
@@ -304,9 +306,9 @@ class LearnerWorker:
         except SafetensorError as error:  # how safetensors reports the system's own errors
             raise OSError(str(error)) from None
 
-    def load(self, directory: str) -> None:
+    def load(self, checkpoint: str) -> None:
         """Read back what the ranks wrote, however many they were. Raises `ValueError` if some of it is missing."""
-        shards = Shards(Path(directory))
+        shards = Shards(Path(checkpoint))
         self._engine.restore(shards)
         self._publisher.resume(shards.facts[0]["publisher"])
         if self._rank < len(shards.facts):

@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -18,7 +19,7 @@ from hybrid_rl.adaptation import WEIGHTS
 from hybrid_rl.cluster.inline import Memory
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import mini_batches
-from hybrid_rl.learner.shards import Shards, piece_key, random_state, restore_random, shard_path, write_shard
+from hybrid_rl.learner.shards import LEARNER, Shards, piece_key, random_state, restore_random, shard_path, write_shard
 from tests.learner.processes import hybrid_plan, on_ranks, random_sequences
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -66,9 +67,20 @@ def _train(worker: Any, steps: range) -> None:
 
 
 def _save(worker: Any, directory: Path) -> None:
-    worker.begin_save(str(directory))
-    worker.train(mini_batches(random_sequences(9, 12), worker._config, {"full": 1.0, "lora": 1.0}, 10))
-    files = worker.saved(wait=True)  # of what there was when the saving began, not of what was trained since
+    from hybrid_rl.learner import worker as module
+
+    appeared: list[bool] = []
+
+    def write(path: Path, *what: Any) -> None:
+        write_shard(path, *what)
+        appeared.append(shard_path(directory, worker._rank).exists())
+
+    with patch.object(module, "write_shard", write):
+        names = worker.begin_save(str(directory))
+        worker.train(mini_batches(random_sequences(9, 12), worker._config, {"full": 1.0, "lora": 1.0}, 10))
+        files = worker.saved(wait=True)  # of what there was when the saving began, not of what was trained since
+    assert names == list(files)
+    assert appeared == [False], "a file appears when it is whole and on the disk"
     assert all((directory / name).stat().st_size == facts.size for name, facts in files.items())
 
 
@@ -179,6 +191,7 @@ class _Bomb:
 
 def test_hostile_files_run_nothing(tmp_path: Path):
     mark = tmp_path / "ran"
+    shard_path(tmp_path, 0).parent.mkdir()
     for content in (pickle.dumps(_Bomb(mark)), b"", b"\x08" + b"\0" * 7 + b"{}      ", b"\xff" * 64):
         shard_path(tmp_path, 0).write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read"):
@@ -186,7 +199,7 @@ def test_hostile_files_run_nothing(tmp_path: Path):
     save_file({"a": torch.zeros(1)}, shard_path(tmp_path, 0), metadata={"facts": json.dumps([]) + "]"})
     with pytest.raises(ValueError, match="cannot be read"):
         Shards(tmp_path)
-    torch.save({"x": _Bomb(mark)}, tmp_path / "rank_00000_model_states.pt")
+    torch.save({"x": _Bomb(mark)}, tmp_path / LEARNER / "rank_00000_model_states.pt")
     shard_path(tmp_path, 0).unlink()
     with pytest.raises(ValueError, match="has no learner state"):
         Shards(tmp_path)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hybrid_rl.adaptation import apply_plan
+from hybrid_rl.adaptation import WEIGHTS, apply_plan
 from hybrid_rl.adaptation.matryoshka import TrainedRanks
-from hybrid_rl.checkpoint import WEIGHTS, checkpoints, load_state, write_state
+from hybrid_rl.checkpoint import checkpoints, load_state, write_state
 from hybrid_rl.cli import main
 from hybrid_rl.config import ConfigError, WarmStartConfig
 from hybrid_rl.config_file import load_config, parse_config

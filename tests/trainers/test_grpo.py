@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_rl.answers import Answered, Answers
-from hybrid_rl.config import ConfigError
+from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import read_metrics
 from trainers import setup
-from trainers.grpo import train
+from trainers.grpo import check_run, train
 from trainers.stopping import Stopped
 
 METRICS = {
@@ -195,6 +197,33 @@ def test_a_run_that_is_stopped_before_its_first_step_begins_again(learnable: dic
         train(config, name="run", resume=True)
     for _ in range(2):  # begun again, then gone on with, though nothing is left to do
         check_rows(read_metrics(train(config, name="run", resume="auto").metrics), 2)
+    _check_that_one_process_trains_in_it(config, tmp_path / "run")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hybrid_rl.run_directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])).alone():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def _check_that_one_process_trains_in_it(config: Config, run: Path) -> None:
+    being_written = run / "checkpoints" / ".writing_step_000009_00000000"
+    being_written.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        for resume in (True, "auto"):
+            with pytest.raises(ConfigError, match=rf"is in use: process {holder.pid} on \S+ trains in it; wait for it"):
+                train(config, name="run", resume=resume)
+            check_run(config, resume)  # a look changes nothing
+        holder.kill()
+    assert being_written.is_dir()
+    check_rows(read_metrics(train(config, name="run", resume="auto").metrics), 2)
+    assert not being_written.exists()
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])

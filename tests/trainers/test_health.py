@@ -83,6 +83,10 @@ def test_what_packages_need_of_the_system(monkeypatch: pytest.MonkeyPatch, tmp_p
     numa, compiler = health._libraries()
     assert (numa.state, compiler.state) == ("fail", "warn")
     assert "libnuma1" in numa.todo
+    monkeypatch.setenv("CXX", "/gone/g++ -O2")
+    assert list(health._libraries())[1].found == "CXX=/gone/g++ is not there"
+    monkeypatch.setenv("CXX", f"{sys.executable} -O2")
+    assert list(health._libraries())[1] == Finding("C++ compiler", "ok", sys.executable)
     monkeypatch.undo()
     assert health._loads("libc.so.6")
     assert not health._loads("libnone.so.1")
