@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_rl.algo import PRESETS, AlgoConfig
+from hybrid_rl.cross_checks import cross_check
 from hybrid_rl.placement import COMPONENTS, PLACEABLE, PLACEMENTS
 from hybrid_rl.reward_settings import EvalConfig
 from hybrid_rl.reward_settings import RewardConfig as RewardConfig
@@ -24,7 +25,6 @@ from hybrid_rl.treatments import (
     ADAPTATIONS,
     ADAPTERS,
     ROUTED,
-    TREATMENTS,
     AdaloraConfig,
     FullConfig,
     LoraConfig,
@@ -413,141 +413,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        ranks = self.learner.world_size
-        if ranks % self.learner.sequence_parallel:
-            raise ValueError(
-                f"learner.world_size={ranks} is no multiple of learner.sequence_parallel="
-                f"{self.learner.sequence_parallel}; make it one"
-            )
-        ranks //= self.learner.sequence_parallel  # those of a sequence group work on the same completions
-        slices = self.batch.mini_batches * ranks
-        if self.completions_per_step % slices:
-            raise ValueError(
-                f"batch.prompts x batch.num_generations = {self.batch.prompts} x {self.batch.num_generations} = "
-                f"{self.completions_per_step} completions do not divide among batch.mini_batches x learner.world_size "
-                f"= {self.batch.mini_batches} x {ranks} = {slices}; make it a multiple of {slices}"
-            )
-        if self.cluster.backend == "inline" and self.learner.world_size > 1:
-            raise ValueError(
-                f"cluster.backend=inline runs everything in one process and cannot hold learner.world_size="
-                f"{self.learner.world_size} ranks; set learner.world_size=1 or cluster.backend=ray"
-            )
-        if self.cluster.backend == "inline" and self.cluster.address is not None:
-            raise ValueError(
-                f"cluster.backend=inline uses no cluster, but cluster.address={self.cluster.address!r} is given; "
-                "drop one of them"
-            )
-        self._check_checkpoints()
-        self._check_rewards()
-        self._check_plan()
-        self._check_algo()
-        self._check_rollout()
-        if "{prompt}" not in self.data.template:
-            raise ValueError(f"data.template={self.data.template!r} does not contain {{prompt}}; add it")
-        longest = self.data.max_prompt_length + self.sampling.max_completion_length
-        if longest > self.batch.tokens_per_micro_batch * self.learner.sequence_parallel:
-            raise ValueError(
-                f"batch.tokens_per_micro_batch={self.batch.tokens_per_micro_batch} cannot hold one sequence of "
-                f"data.max_prompt_length + sampling.max_completion_length = {longest} tokens; raise it or shorten those"
-            )
-        if self.learner.sequence_parallel > 1 and self.learner.packing == "never":
-            raise ValueError(
-                f"learner.sequence_parallel={self.learner.sequence_parallel} cuts packed rows; "
-                "drop learner.packing=never"
-            )
+        cross_check(self)
         return self
-
-    def _check_treatments(self) -> None:
-        """Refuse settings of treatments that are not used, or that a finished plan has settled."""
-        given, beside = self.plan.given, f" and plan.rest={self.plan.rest}" if self.adaptation == "hybrid" else ""
-        settled = {
-            "molf": {"ranks", "rank_stabilised", "unwrapped"},
-            "matryoshka": set(MatryoshkaConfig.model_fields),
-            "adalora": {"init_rank"},
-        }
-        for section, fields in settled.items():
-            settings = getattr(self, section)
-            default = type(settings)()
-            changed = {
-                name for name in type(settings).model_fields if getattr(settings, name) != getattr(default, name)
-            }
-            if given is not None:
-                if changed & fields:
-                    name = min(changed & fields)
-                    raise ValueError(f"{given} gives a finished plan, which {section}.{name} cannot change; drop one")
-                continue
-            used = self.rest in ROUTED if section == "molf" else self.rest == section
-            idle = changed & ({"unwrapped"} if self.adaptation not in ROUTED else set()) if used else changed
-            if idle:
-                raise ValueError(
-                    f"{section}.{min(idle)} does nothing with adaptation={self.adaptation}{beside}; drop it"
-                )
-        treatment = TREATMENTS[self.rest]
-        if given is None and treatment.adapter and not treatment.scaled and self.lora.alpha is not None:
-            raise ValueError(f"lora.alpha={self.lora.alpha:g} does nothing: {self.rest} has no alpha; drop it")
-        own = {"matryoshka": self.matryoshka.ranks, **dict.fromkeys(ROUTED, self.molf.ranks)}.get(self.rest)
-        if given is None and own is not None and self.lora.ranks:
-            section = "matryoshka" if self.rest == "matryoshka" else "molf"
-            raise ValueError(f"{section}.ranks={own} is for every module, so that lora.ranks does nothing; drop one")
-        if given is None and self.rest in ROUTED:
-            pairs = len(self.molf.ranks or ([1, 4] if self.rest == "molf_efficient" else [1]))
-            self.check_experts({pairs + TREATMENTS[self.rest].trains_weight})
-        if given is None and self.rest == "adalora":
-            if self.adalora.init_rank is not None and self.adalora.init_rank <= self.lora.rank:
-                raise ValueError(
-                    f"adalora.init_rank={self.adalora.init_rank} leaves nothing to take away down to lora.rank="
-                    f"{self.lora.rank}; raise one or lower the other"
-                )
-            self.adalora.phases(self.updates)
-
-    def check_experts(self, numbers: set[int]) -> None:
-        """Refuse settings of MoLF that do not fit modules with so many experts each. Raises `ValueError`."""
-        if self.learner.optimizer == "deepspeed":
-            raise ValueError("learner.optimizer=deepspeed steps every expert of MoLF; use learner.optimizer=torch")
-        if self.molf.top_k > max(numbers):
-            raise ValueError(f"molf.top_k={self.molf.top_k} of {max(numbers)} experts a module; use at most that")
-        if self.molf.lr_factors and numbers != {len(self.molf.lr_factors)}:
-            raise ValueError(
-                f"molf.lr_factors={self.molf.lr_factors} is for {len(self.molf.lr_factors)} experts a module, of which "
-                f"there are {' and '.join(map(str, sorted(numbers)))}; give one factor each, or none"
-            )
-
-    def _check_checkpoints(self) -> None:
-        if self.checkpoint.keep_best and not (self.eval.every and self.checkpoint.every % self.eval.every == 0):
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} compares checkpoints by what is measured at their "
-                f"step, but checkpoint.every={self.checkpoint.every} is no multiple of eval.every={self.eval.every}; "
-                "make it one"
-            )
-
-    def _check_rewards(self) -> None:
-        names = [spec.name for spec in self.rewards]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"rewards: two are called {twice!r}; give each a name of its own, as in name: {twice}_2")
-        by_set = self.eval.reward if isinstance(self.eval.reward, dict) else {"": self.eval.reward or names[0]}
-        for name in by_set.values():
-            if name not in names:
-                raise ValueError(f"eval.reward={self.eval.reward!r}: {name!r} is none of the rewards {names}")
-        if isinstance(self.eval.reward, dict) and by_set.keys() != self.data.held_out.keys():
-            raise ValueError(
-                f"eval.reward is for the sets {sorted(by_set)}, and data.eval has {sorted(self.data.held_out)}; give a "
-                "reward for each, or the name of one for all"
-            )
-        if self.rewards[-1].gate is not None:
-            raise ValueError(f"rewards: the gate of {names[-1]} does nothing, since no reward comes after it; drop it")
-        if not self.eval.k and self.eval.right_from != EvalConfig().right_from:
-            raise ValueError(f"eval.right_from={self.eval.right_from:g} does nothing with eval.k=0; drop it")
-        if self.algo.reward_aggregation == "normalize_then_sum":
-            if self.algo.advantage != AlgoConfig().advantage:
-                raise ValueError(
-                    f"algo.advantage={self.algo.advantage} does nothing with algo.reward_aggregation="
-                    "normalize_then_sum, which normalises by itself; drop one of them"
-                )
-            if len(self.rewards) == 1:
-                raise ValueError(
-                    "algo.reward_aggregation=normalize_then_sum is for several rewards, and there is one; drop it"
-                )
 
     def accuracy(self, held_out: str) -> RewardSpec:
         """The reward that accuracy on a set of held-out problems is measured by."""
@@ -560,97 +427,3 @@ class Config(Settings):
         names = {self.accuracy(name).name for name in held_out}
         kept = [spec.model_copy(update={"gate": None}) for spec in self.rewards if spec.name in names]
         return self.model_copy(update={"rewards": kept})
-
-    def _check_algo(self) -> None:
-        """Refuse settings that do nothing."""
-        preset = AlgoConfig(**PRESETS[self.algorithm])
-        for name, other in self.algo.idle().items():
-            value = getattr(self.algo, name)
-            if value != getattr(preset, name):
-                beside = getattr(self.algo, other)
-                raise ValueError(f"algo.{name}={value} does nothing with algo.{other}={beside}; change one of them")
-        limit = self.sampling.max_completion_length
-        if self.algo.overlong_buffer and round(self.algo.overlong_buffer * limit) == 0:
-            raise ValueError(
-                f"algo.overlong_buffer={self.algo.overlong_buffer} of sampling.max_completion_length={limit} is less "
-                "than a token; raise it"
-            )
-        if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
-            raise ValueError(
-                "model.attention=flash_attention_2 knows no model.dtype=float32; use bfloat16, or model.attention=sdpa"
-            )
-
-    def _check_rollout(self) -> None:
-        """Refuse placements and ways of sync that cannot be."""
-        if (self.sync.transport == "directory") != (self.sync.directory is not None):
-            need = "needs sync.directory, one that learner and engines see"
-            if self.sync.directory is not None:
-                need = f"does not use sync.directory={self.sync.directory!r}; drop one of them"
-            raise ValueError(f"sync.transport={self.sync.transport} {need}")
-        if self.cluster.placement == "colocate":
-            why = None
-            if self.rollout.engines != self.learner.world_size:
-                why = f"each of rollout.engines={self.rollout.engines} shares a GPU with one of learner.world_size="
-                why += f"{self.learner.world_size} ranks; make them equal"
-            elif self.rollout.tensor_parallel > 1:
-                why = f"rollout.tensor_parallel={self.rollout.tensor_parallel} needs GPUs of its own; use 1"
-            elif self.asynchrony.max_staleness:
-                why = f"async.max_staleness={self.asynchrony.max_staleness} needs engines that work while the learner "
-                why += "does; use 0"
-            if why is not None:
-                raise ValueError(f"cluster.placement=colocate: {why}, or cluster.placement=split")
-        if self.rollout.engine == "transformers" and self.rollout.tensor_parallel > 1:
-            raise ValueError(
-                f"rollout.tensor_parallel={self.rollout.tensor_parallel} is not for rollout.engine=transformers; use 1"
-            )
-        if self.asynchrony.in_flight != "keep" and not self.asynchrony.max_staleness:
-            raise ValueError(
-                f"async.in_flight={self.asynchrony.in_flight} does nothing with async.max_staleness=0: no completion "
-                "is under way when weights change; drop it"
-            )
-        if self.asynchrony.max_staleness and self.cluster.backend == "inline":
-            raise ValueError(
-                f"async.max_staleness={self.asynchrony.max_staleness} has generation beside training, but "
-                "cluster.backend=inline does one thing at a time; drop one of them"
-            )
-        if self.rollout.environment is None and self.rollout.max_turns != RolloutConfig().max_turns:
-            raise ValueError(f"rollout.max_turns={self.rollout.max_turns} does nothing without rollout.environment")
-
-    def _check_plan(self) -> None:
-        """Refuse settings that another one would silently override."""
-        changed = {name for name in PlanConfig.model_fields if getattr(self.plan, name) != getattr(PlanConfig(), name)}
-        given = self.plan.given
-        if self.plan.path is not None and self.plan.start is not None:
-            raise ValueError(f"{given} and plan.start={self.plan.start!r} both give a plan; drop one of them")
-        if given is not None and self.adaptation != "hybrid":
-            raise ValueError(f"adaptation={self.adaptation} makes its own plan, but {given} is given; drop one of them")
-        ranking = changed & {"budget", "score", "manual"}
-        making = ranking | (changed & {"placement", "include", "exclude", "also_full", "rest"})
-        if (self.plan.score == "manual") != bool(self.plan.manual):
-            raise ValueError(
-                f"plan.score={self.plan.score} with plan.manual={self.plan.manual}; give neither, or both, as in "
-                "plan.score=manual 'plan.manual={\"*.q_proj\": 1.0}'"
-            )
-        if self.batch.prompts < 2 and self.adaptation == "hybrid" and given is None:
-            raise ValueError("batch.prompts=1 leaves one of the ranking's two halves empty; use at least 2")
-        if given is not None and making:
-            raise ValueError(f"{given} gives a finished plan, which plan.{min(making)} cannot change; drop one of them")
-        idle = ranking | (changed & {"rest"})
-        if self.adaptation == "lora_matched":
-            idle -= {"budget"}
-            if self.plan.budget != BudgetConfig(ratio=self.plan.budget.ratio) or self.lora.ranks:
-                raise ValueError(
-                    "adaptation=lora_matched has one rank, that of plan.budget.ratio and lora.rank; drop lora.ranks "
-                    "and the other fields of plan.budget"
-                )
-        if self.adaptation != "hybrid" and idle:
-            raise ValueError(
-                f"adaptation={self.adaptation} ranks nothing, so "
-                f"plan.{min(idle)}={getattr(self.plan, min(idle))} would do nothing; drop one of them"
-            )
-        self._check_treatments()
-        if self.learner.offload == "all" and self.learner.zero_stage < 3:
-            raise ValueError(
-                f"learner.offload=all needs the weights in shares, but learner.zero_stage={self.learner.zero_stage}; "
-                "use learner.zero_stage=3, or learner.offload=optimizer"
-            )

@@ -21,6 +21,7 @@ from hybrid_rl.answers import Answers
 from hybrid_rl.cluster import Cluster, Resources, open_cluster
 from hybrid_rl.components import Anatomy, cross_check, read_model
 from hybrid_rl.config import Config, ConfigError
+from hybrid_rl.cross_checks import check_experts
 from hybrid_rl.data import build_prompts, load_rows, load_tokenizer
 from hybrid_rl.export import start_plan
 from hybrid_rl.learner import LearnerGroup
@@ -232,7 +233,7 @@ def _check_given(config: Config, plan: AdaptationPlan) -> None:
     routed = [m for m in plan.adapted if m.treatment in ROUTED]
     try:
         if routed:
-            config.check_experts({len(m.options["ranks"]) + m.trains_weight for m in routed})
+            check_experts(config, {len(m.options["ranks"]) + m.trains_weight for m in routed})
         if any(m.treatment == "adalora" for m in plan.adapted):
             config.adalora.phases(config.updates)
     except ValueError as error:
