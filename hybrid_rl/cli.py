@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hybrid_rl.arguments import amount, count
+from hybrid_rl.arguments import add_command, amount, count
 from hybrid_rl.reward_commands import add_reward_commands
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namesp
     parser = argparse.ArgumentParser(
         prog="hybrid-rl", description="Reinforcement learning with verifiable rewards under an adaptation plan."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = _command(commands, "train", "train a policy", _train)
     train.add_argument("--resume", action="store_true", help="continue the run in run.dir from its last checkpoint")
@@ -41,10 +42,9 @@ def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namesp
     estimate.add_argument("--gpus", type=count, metavar="N", help="on so many GPUs; those that are here by default")
     estimate.add_argument("--gpu-memory", type=amount, metavar="GIB", help="of each GPU; of those here by default")
     estimate.add_argument("--json", action="store_true", help="print the sizes as one object, on the last line")
-    doctor = commands.add_parser("doctor", help="check this machine, or parts of a run on their own")
+    doctor = add_command(commands, "doctor", "check this machine, or a part of a run on its own", _doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as one object, on the last line")
-    doctor.set_defaults(run=_doctor)
-    checks = doctor.add_subparsers(dest="check", metavar="CHECK")
+    checks = doctor.add_subparsers(title="parts of a run", dest="check", metavar="[CHECK]")
     _command(checks, "sync", "send weights to engines and compare what these compute with the learner", _doctor_sync)
     evaluation = _command(commands, "eval", "evaluate a policy on the held-out problems", _eval)
     policy = evaluation.add_mutually_exclusive_group()
@@ -60,26 +60,34 @@ def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namesp
     export.add_argument("--checkpoint", metavar="STEPDIR", help="which checkpoint; the last by default")
     continued = _command(commands, "import", "train on from an export or a PEFT adapter", _import, "DIR")
     continued.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of settings")
-    report = commands.add_parser("report", help="make one HTML file of a run, done or not")
+    report = add_command(commands, "report", "make one HTML file of a run, done or not", _report)
     report.add_argument("directory", metavar="RUN", help="directory of a run")
     report.add_argument("--out", metavar="FILE", help="where it goes; RUN/report.html by default")
-    report.set_defaults(run=_report)
-    dashboard = commands.add_parser("dashboard", help="make a dashboard of the metrics: in wandb, or as Grafana's JSON")
+    summary = "make a dashboard of the metrics: in wandb, or as Grafana's JSON"
+    dashboard = add_command(commands, "dashboard", summary, _dashboard)
     where = dashboard.add_mutually_exclusive_group(required=True)
     where.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save it as a workspace there; needs wandb-workspaces")
     where.add_argument("--grafana", metavar="FILE", help="write JSON to import, for the metrics of tracking.prometheus")
-    dashboard.set_defaults(run=_dashboard)
     _command(commands, "warm-start", "make the small base policy that the configuration describes", _warm_start)
     add_reward_commands(commands)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional arguments only in one run; settings may also follow an option.
-    settings = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in options else []
-    unknown = [word for word in rest if word not in settings]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if "overrides" in options:
-        options.overrides += settings
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+        unknown = [word for word in rest if "overrides" not in options or word.startswith("-") or "=" not in word]
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
     return options
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: reading metadata takes as long as all of the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"hybrid-rl {version('hybrid-rl')}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,15 +121,14 @@ _SUBJECTS = {
 
 
 def _command(
-    commands: argparse._SubParsersAction, name: str, summary: str, run: object, subject: str = "CONFIG"
+    commands: argparse._SubParsersAction, name: str, summary: str, run: Callable[..., int], subject: str = "CONFIG"
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    parser = add_command(commands, name, summary, run)
     what, meaning = _SUBJECTS[subject]
     parser.add_argument(what, metavar=subject, help=meaning)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the file's; dots are nesting"
     )
-    parser.set_defaults(run=run)
     return parser
 
 

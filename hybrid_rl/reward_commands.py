@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_rl.arguments import count, seconds
+from hybrid_rl.arguments import add_command, count, seconds
 
 
 def add_reward_commands(commands: argparse._SubParsersAction) -> None:
@@ -16,12 +16,11 @@ def add_reward_commands(commands: argparse._SubParsersAction) -> None:
     reward = commands.add_parser("reward", help=summary, description=f"{summary.capitalize()} (docs/rewards.md).")
     tools = reward.add_subparsers(dest="tool", required=True, metavar="TOOL")
 
-    new = tools.add_parser("new", help="write NAME.py and test_NAME.py, a reward to start from")
+    new = add_command(tools, "new", "write NAME.py and test_NAME.py, a reward to start from", _reward_new)
     new.add_argument("name", metavar="NAME", help="of the function and its file")
     new.add_argument("--dir", default=".", metavar="DIR", help="where they go; here by default")
-    new.set_defaults(run=_reward_new)
 
-    test = tools.add_parser("test", help="score completions from a file and show what comes of it")
+    test = add_command(tools, "test", "score completions from a file and show what comes of it", _reward_test)
     test.add_argument(
         "plugin", metavar="PLUGIN", help="file.py:function, module:function, or the name of an installed one"
     )
@@ -30,15 +29,13 @@ def add_reward_commands(commands: argparse._SubParsersAction) -> None:
     test.add_argument("--against-arguments", metavar="JSON", help="arguments of that one")
     test.add_argument("--limit", type=count, metavar="N", help="the first N completions alone")
     test.add_argument("--chat", action="store_true", help="hand over chat messages, as with data.chat")
-    test.set_defaults(run=_reward_test)
 
-    replay = tools.add_parser("replay", help="score the rollouts of a run again and compare")
+    replay = add_command(tools, "replay", "score the rollouts of a run again and compare", _reward_replay)
     replay.add_argument("directory", metavar="RUN", help="directory of a run")
     replay.add_argument("--reward", required=True, metavar="PLUGIN", help="what to score them with")
     replay.add_argument("--steps", metavar="A-B", help="these steps alone")
     replay.add_argument("--instead-of", metavar="NAME", help="which of the run's rewards it replaces")
     replay.add_argument("--out", metavar="FILE", help="JSONL of every completion's saved and new score")
-    replay.set_defaults(run=_reward_replay)
 
     for tool in (test, replay):
         tool.add_argument("--arguments", metavar="JSON", help="arguments of the plugin, an object")
