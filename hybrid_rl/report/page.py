@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,8 @@ def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
         tiles.append(("held-out accuracy", f"{held_out.values[-1]:.3f}", f"{change}, at step {held_out.steps[-1]:.0f}"))
     tiles.append(("steps", f"{contents.done}", f"of {contents.config.steps}"))
     if (wall := contents.summary.get("wall_seconds")) is not None:
-        tiles.append(("wall time", span(wall), f"{span(contents.summary['ranking_seconds'])} of it ranking"))
+        remark = f"{span(contents.summary['ranking_seconds'])} of it ranking; without start-up"
+        tiles.append(("wall time", span(wall), remark))
     if seconds := sum(row["time/step"] for row in rows):
         generated = sum(row["tokens/generated"] for row in rows)
         tiles.append(("sampled tokens/s", f"{generated / seconds:,.0f}", f"{figure(generated)} tokens in all"))
@@ -154,7 +156,8 @@ def _tiles(contents: Contents) -> list[tuple[str, str, str]]:
     if sync := _sync(contents):
         tiles.append(("sent in a sync", f"{sync['share']:.1%}", "of the model's bytes, on average"))
     faults = sum(contents.faults.values())
-    tiles.append(("faults survived", f"{faults}", "none" if not faults else f"{len(contents.faults)} kinds, below"))
+    kinds = "1 kind" if len(contents.faults) == 1 else f"{len(contents.faults)} kinds"
+    tiles.append(("faults survived", f"{faults}", f"{kinds}, below" if faults else "none"))
     return tiles
 
 
@@ -169,7 +172,8 @@ def _evaluation(contents: Contents) -> list[tuple[str, str, str, str]]:
             now = after.get(name)
             change = f"{now - value:+.3f}" if now is not None and now != value else ""
             told = "" if now is None else _interval(after, name)
-            found.append((visible(name.removeprefix("eval/")), _interval(before, name), told, change))
+            called = re.sub(r"_at_k$", f"_at_{contents.config.eval.k}", name.removeprefix("eval/"))
+            found.append((visible(called), _interval(before, name), told, change))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean as mean
 
 from markupsafe import Markup
@@ -14,7 +15,11 @@ from hybrid_rl.plan import AdaptationPlan, treatment_label
 from hybrid_rl.plan_grid import kind_of, kinds_of, layer_count, plotted, score_places
 
 _WIDTH, _HEIGHT = 460, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 8, 26
+_RIGHT, _TOP, _BOTTOM = 18, 8, 26
+_LETTER = 7.4
+"""Width of a tick's letter, at most."""
+_BINARY = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 _POINTS = 160
 """Points of a line; of longer runs, means over neighbouring steps."""
 _BARS = 60
@@ -44,16 +49,34 @@ class Series:
 def figure(value: float, unit: str = "") -> str:
     """A number as people read it."""
     if unit == "bytes":
-        for size, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-            if abs(value) >= size:
-                return f"{value / size:.4g} {name}"
-        return f"{value:.0f} B"
+        size, name = _of(value, _BINARY)
+        return f"{value / size:.4g} {name}"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4g}"
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {name}"
+    if abs(value) >= 1e4:
+        size, name = _of(value, _DECIMAL)
+        return f"{value / size:.3g} {name}"
     return f"{value:.2g}"
+
+
+def _of(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest unit that `value` is one of, else the smallest."""
+    return next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+
+
+def tick_labels(ticks: Sequence[float], unit: str = "") -> list[str]:
+    """Ticks in one unit, that of the largest, with as many decimals as tell them apart."""
+    largest = max(map(abs, ticks))
+    if unit != "bytes" and 0 < largest < 1e-3:
+        return [f"{value:.3g}" for value in ticks]
+    size, name = 1.0, ""
+    if unit == "bytes":
+        size, name = _of(largest, _BINARY)
+    elif largest >= 1e4:
+        size, name = _of(largest, _DECIMAL)
+    step = min((b - a for a, b in pairwise(ticks)), default=largest) / size
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 0
+    return [f"{value / size:.{decimals}f} {name}".rstrip() if value else "0" for value in ticks]
 
 
 def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
@@ -66,9 +89,10 @@ def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
         low = min(low, 0.0)
     if high - low < 1e-12 * max(1.0, abs(high)) or high == low:
         low, high = (0.0, 2 * high) if high > 0 else (low - 1.0, high + 1.0)
-    across = _Scale(min(steps), max(steps), _LEFT, _WIDTH - _RIGHT)
     up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP)
-    drawn = [_axes(across, up, unit)]
+    left = _margin(up, unit)
+    across = _Scale(min(steps), max(steps), left, _WIDTH - _RIGHT)
+    drawn = [_axes(across, up, unit, left)]
     for i, each in enumerate(thin):
         points = " ".join(f"{across(s):.1f},{up(v):.1f}" for s, v in zip(each.steps, each.values, strict=True))
         drawn.append(Markup('<polyline class="line s{}" points="{}"/>').format(i % COLOURS, points))
@@ -76,7 +100,7 @@ def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
             for s, v in zip(each.steps, each.values, strict=True):
                 dot = '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.4"/>'
                 drawn.append(Markup(dot).format(i % COLOURS, across(s), up(v)))
-    drawn.append(_hovers(thin, across, unit))
+    drawn.append(_hovers(thin, across, unit, left))
     return _svg(_WIDTH, _HEIGHT, _summary(title, series, unit), drawn)
 
 
@@ -88,10 +112,11 @@ def stack(title: str, series: Sequence[Series], unit: str, *, summed: bool = Fal
         for s, v in zip(each.steps, each.values, strict=True):
             columns.setdefault(s, {})[each.name] = max(0.0, v)
     tallest = max(sum(column.values()) for column in columns.values())
-    width = (_WIDTH - _LEFT - _RIGHT) / len(columns)
-    across = _Scale(min(columns), max(columns), _LEFT + width / 2, _WIDTH - _RIGHT - width / 2)
     up = _Scale(0.0, tallest or 1.0, _HEIGHT - _BOTTOM, _TOP)
-    drawn = [_axes(across, up, unit)]
+    left = _margin(up, unit)
+    width = (_WIDTH - left - _RIGHT) / len(columns)
+    across = _Scale(min(columns), max(columns), left + width / 2, _WIDTH - _RIGHT - width / 2)
+    drawn = [_axes(across, up, unit, left)]
     for s, column in sorted(columns.items()):
         at = 0.0
         for i, each in enumerate(series):
@@ -100,7 +125,7 @@ def stack(title: str, series: Sequence[Series], unit: str, *, summed: bool = Fal
             x, height = across(s) - 0.45 * width, up(at) - up(at + value)
             drawn.append(Markup(bar).format(i % COLOURS, x, up(at + value), max(0.6, 0.9 * width), height))
             at += value
-    drawn.append(_hovers(thin, across, unit))
+    drawn.append(_hovers(thin, across, unit, left))
     return _svg(_WIDTH, _HEIGHT, _summary(title, series, unit), drawn)
 
 
@@ -183,24 +208,29 @@ class _Scale:
         return self._start + (value - self.low) * self._factor if self._factor else self._middle
 
     def ticks(self, wanted: int, unit: str = "") -> list[float]:
-        """Round numbers within; of bytes, in KiB, MiB or GiB."""
+        """Round numbers within; of bytes, in the unit of the largest."""
         if self.high <= self.low:
             return [self.low]
         rough = (self.high - self.low) / wanted
-        binary = 1024 ** max(0, math.floor(math.log(rough, 1024))) if unit == "bytes" else 1
-        size = binary * 10 ** math.floor(math.log10(rough / binary))
+        one = _of(max(abs(self.low), abs(self.high)), _BINARY)[0] if unit == "bytes" else 1
+        size = one * 10 ** math.floor(math.log10(rough / one))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def _axes(across: _Scale, up: _Scale, unit: str) -> Markup:
-    drawn = []
-    for value in up.ticks(4, unit):
+def _margin(up: _Scale, unit: str) -> float:
+    """Room on the left for the labels."""
+    return 10 + _LETTER * max(4, *map(len, tick_labels(up.ticks(4, unit), unit)))
+
+
+def _axes(across: _Scale, up: _Scale, unit: str, left: float) -> Markup:
+    drawn, ticks = [], up.ticks(4, unit)
+    for value, label in zip(ticks, tick_labels(ticks, unit), strict=True):
         y = up(value)
-        drawn.append(Markup('<path class="rule" d="M{} {:.1f}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
-        text = '<text class="tick end" x="{}" y="{:.1f}">{}</text>'
-        drawn.append(Markup(text).format(_LEFT - 6, y + 4, figure(value, unit)))
+        drawn.append(Markup('<path class="rule" d="M{:.1f} {:.1f}H{}"/>').format(left, y, _WIDTH - _RIGHT))
+        text = '<text class="tick end" x="{:.1f}" y="{:.1f}">{}</text>'
+        drawn.append(Markup(text).format(left - 6, y + 4, label))
     for value in across.ticks(6):
         if value == round(value):
             text = '<text class="tick middle" x="{:.1f}" y="{}">{}</text>'
@@ -208,13 +238,13 @@ def _axes(across: _Scale, up: _Scale, unit: str) -> Markup:
     return Markup("").join(drawn)
 
 
-def _hovers(series: Sequence[Series], across: _Scale, unit: str) -> Markup:
+def _hovers(series: Sequence[Series], across: _Scale, unit: str, left: float) -> Markup:
     """Strips over the chart that tell the figures below them."""
     found: dict[float, list[str]] = {}
     for each in series:
         for s, v in zip(each.steps, each.values, strict=True):
             found.setdefault(s, []).append(f"{visible(each.name)}: {figure(v, unit)}")
-    width = (_WIDTH - _LEFT - _RIGHT) / max(1, len(found))
+    width = (_WIDTH - left - _RIGHT) / max(1, len(found))
     strip = '<rect class="hover" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>step {:.0f}\n{}</title></rect>'
     tall = _HEIGHT - _BOTTOM - _TOP
     return Markup("").join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import yaml
 from hybrid_rl.cli import main
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
 from hybrid_rl.report import write_report
-from hybrid_rl.report.svg import Series, figure
+from hybrid_rl.report.svg import Series, figure, lines, tick_labels
 
 HOSTILE = (
     "<script>alert(1)</script></pre></title></svg><img src=x onerror=alert(2)>",
@@ -104,8 +105,9 @@ def make(tiny_tree: dict, tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         directory = tmp_path / "run <b>& 'long' name"
         (directory / "rollouts").mkdir(parents=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump({**tiny_tree, "steps": max(1, steps)}))
+        (directory / "config.yaml").write_text(yaml.safe_dump({**tiny_tree, "steps": max(1, steps), "eval": {"k": 2}}))
         before = {"eval/accuracy": 0.25, "eval/ci/accuracy_low": 0.125, "eval/ci/accuracy_high": 0.5}
+        before["eval/mean_at_k"] = 0.5
         summary = {"eval_before": before, "ranking_seconds": 3.0, "plan_hash": "x"}
         if finished:
             summary |= {"eval_after": {**before, "eval/accuracy": 0.75}, "wall_seconds": 4000, "steps": steps}
@@ -157,6 +159,9 @@ def test_a_finished_run_is_told_and_hostile_text_is_only_text(make: Callable[...
         "each engine was sent 40 KiB; the whole model every time would have been 40 MiB",
         "rollout engine lost:",
         "engine_restarts: 1",
+        "1 kind, below",
+        "; without start-up",
+        "mean_at_2 0.500",
         "1 h 06 min",
         "12 full",
         HOSTILE[0],
@@ -243,3 +248,28 @@ def test_thinning_means_or_sums():
 )
 def test_figures_are_for_people(value: float, unit: str, told: str):
     assert figure(value, unit) == told
+
+
+@pytest.mark.parametrize(
+    ("ticks", "unit", "told"),
+    [
+        ((0.0, 5e3, 1e4), "", ["0", "5 k", "10 k"]),
+        ((0.0, 0.5, 1.0), "", ["0", "0.5", "1.0"]),
+        ((-1.0, 0.0, 1.0), "", ["-1", "0", "1"]),
+        ((1e-7, 1.5e-7), "", ["1e-07", "1.5e-07"]),
+        ((123450.0, 123460.0), "", ["123.45 k", "123.46 k"]),
+        ((0.0, 2.0**20, 2.0**21), "bytes", ["0", "1 MiB", "2 MiB"]),
+        ((0.0, 2.0**19, 2.0**20), "bytes", ["0", "0.5 MiB", "1.0 MiB"]),
+        ((7.0,), "", ["7"]),
+    ],
+)
+def test_the_labels_of_an_axis_have_one_unit(ticks: tuple[float, ...], unit: str, told: list[str]):
+    assert tick_labels(ticks, unit) == told
+
+
+def test_no_label_of_an_axis_is_cut_off():
+    for values in ((0.0, 3_072_000.0), (1_000_000_000.0, 1_000_000_100.0), (-1e-9, 1e-9)):
+        picture = lines("Bytes", [Series("a", (1.0, 2.0), values)], "bytes" if values[0] == 0 else "")
+        labels = re.findall(r'class="tick end" x="([\d.]+)" y="[\d.]+">([^<]+)<', picture)
+        assert len(labels) > 1
+        assert all(float(x) > 7 * len(label) for x, label in labels)
