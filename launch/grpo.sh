@@ -109,7 +109,7 @@ host=${head%:*} port=6379
 if [[ -z $host || ! $port =~ ^[1-9][0-9]{3,4}$ ]] || ((port < 1024 || port > 65534)); then
     die "$head_from=$head is not of the form HOST[:PORT], with a port from 1024 to 65534"
 fi
-read -r ip where < <(python "$launch/nodes.py" address "$host") || exit 2 # it has said why
+read -r ip where < <(python "$launch/nodes.py" address "$host" "$nodes") || exit 2 # it has said why
 if [[ -z $rank ]]; then
     rank_from="its address"
     if [[ $where == here ]]; then rank=0; else rank=1; fi
@@ -120,7 +120,7 @@ fi
 role="node $rank"
 [[ $rank != 0 ]] || role="the head"
 [[ $rank_from != "its address" || $rank == 0 ]] || role="not the head"
-say "$nodes nodes (${nodes_from:-default}), head $ip:$port ($head_from), this is $role ($rank_from)"
+say "$nodes node$( ((nodes == 1)) || echo s) (${nodes_from:-default}), head $ip:$port ($head_from), this is $role ($rank_from)"
 # Ray Client's server cannot be left out of a head; its default port may be another cluster's.
 start=(ray start --block "--address=$ip:$port")
 if ((rank == 0)); then

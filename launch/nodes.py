@@ -1,6 +1,6 @@
 """What launch/grpo.sh asks about machines.
 
-nodes.py address HOST               prints its address, and `here` or `elsewhere`
+nodes.py address HOST N             prints the address of the head of N nodes, and `here` or `elsewhere`
 nodes.py wait HOST:PORT N SECONDS   returns once N nodes are in the Ray cluster
 nodes.py member HOST:PORT           succeeds where this machine is a node of that Ray cluster
 nodes.py end SESSION                kills what is left of a session of processes
@@ -36,7 +36,7 @@ def _outward() -> str:
         return probe.getsockname()[0]
 
 
-def address(host: str) -> str:
+def address(host: str, nodes: int) -> str:
     """The IPv4 address by which all nodes reach `host`, and whether it is this machine's."""
     try:
         found = socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
@@ -46,6 +46,8 @@ def address(host: str) -> str:
     if _is_loopback(found):
         # Debian's /etc/hosts gives a machine's own name a loopback address, which no other machine can use.
         if _is_loopback(host) or host.partition(".")[0] == "localhost":
+            if nodes == 1:
+                return f"{found} here"
             sys.exit(
                 _refuse(f"--head-address {host} is loopback; give the address by which other nodes reach the head")
             )
@@ -104,8 +106,8 @@ def _refuse(message: str) -> int:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["address", host]:
-            print(address(host))
+        case ["address", host, nodes]:
+            print(address(host, int(nodes)))
         case ["wait", cluster, nodes, seconds]:
             sys.exit(wait(cluster, int(nodes), float(seconds)))
         case ["member", cluster]:

@@ -107,17 +107,35 @@ def _check(directory: Path, config_file: str, words: list[str]) -> None:
 
 
 def _client(address: str):
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it names each file that is not uploaded
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise ConfigError(
+            f"--address {address} was shown {_token()} and refuses it; it must be the token of the head "
+            "(docs/cluster.md)"
+        ) from None
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
             f"--address {address} is no job server ({reason}); start the head with `ray start --head "
             "--dashboard-host=ADDRESS`, or forward its port 8265"
         ) from None
+
+
+def _token() -> str:
+    """Which token Ray's client sends, never what it is; Ray looks for it in this order."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return f"no token (RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', '')})"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "the token in RAY_AUTH_TOKEN"
+    path, named = os.environ.get("RAY_AUTH_TOKEN_PATH"), " (RAY_AUTH_TOKEN_PATH)"
+    if not path:
+        path, named = "~/.ray/auth_token", ""
+    return f"{'the' if Path(path).expanduser().is_file() else 'no'} token in {path}{named}"
 
 
 def _submit(client, entrypoint: str, environment: dict[str, str]) -> str:

@@ -34,8 +34,14 @@ from hybrid_rl.machine import host_memory
 
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
-PORTS = {6379: "Ray's head (GCS)", 8265: "Ray's dashboard and jobs", 10001: "Ray's clients", 52365: "Ray's agent"}
-"""Ports of a Ray head node, by default. A run that starts Ray itself takes free ones."""
+PORTS = {
+    6379: "Ray's head (GCS)",
+    6380: "Ray's clients, of launch/grpo.sh",
+    8265: "Ray's dashboard and jobs",
+    10001: "Ray's clients, of ray start",
+    52365: "Ray's agent",
+}
+"""Ports of a Ray head node, by default (docs/cluster.md). A run that starts Ray itself takes free ones."""
 HUB_SECONDS = 5.0
 LEAST_DISK, LEAST_SHARED, LEAST_FILES = 5 * GIB, 2 * GIB, 4096
 """Bytes of disk and of /dev/shm, and open files, below which a run may fail."""
@@ -206,7 +212,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _ports() -> Iterator[Finding]:
-    """Those that `ray start --head` needs, and whether it is Ray that has them."""
+    """Those that a head of `ray start` or launch/grpo.sh needs, and whether it is Ray that has them."""
     owners = _listeners()
     servers = [p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "gcs_server"]
     taken = {port: owners[port] for port in PORTS if port in owners}
@@ -217,7 +223,8 @@ def _ports() -> Iterator[Finding]:
         if servers and any(word in owner for word in ("gcs_server", "ray", "dashboard", "python")):
             yield Finding(f"port {port}", "ok", f"{owner}: {PORTS[port]}")
         else:
-            todo = "`ray start --head` wants it: give it another (--port, --dashboard-port, --ray-client-server-port)"
+            todo = "a head wants it: give `ray start --head` another (--port, --dashboard-port, "
+            todo += "--ray-client-server-port), or launch/grpo.sh (--head-address HOST:PORT)"
             yield Finding(f"port {port}", "warn", f"{PORTS[port]}: taken by {owner}", todo)
     found = f"runs here (process {', '.join(map(str, servers))})" if servers else "none runs here"
     joins = os.environ.get("RAY_ADDRESS")

@@ -65,6 +65,14 @@ def test_the_machine_with_the_heads_address_is_the_head(here: str):
     assert f"3 nodes (--nodes), head {here}:7000 (--head-address), this is the head (its address)" in answer.said
 
 
+def test_one_nodes_head_may_be_on_loopback():
+    answer = grpo("--nodes", "1", "--head-address", "127.0.0.1:7379", "--config", CONFIG, "--print")
+    ray, train = answer.commands
+    assert {"--head", "--node-ip-address=127.0.0.1", "--port=7379"} <= set(ray)
+    assert train[-1] == "cluster.address=127.0.0.1:7379"
+    assert "1 node (--nodes)" in answer.said
+
+
 def test_another_machine_joins():
     answer = grpo("--nodes", "2", "--head-address", "198.51.100.7", "--config", CONFIG, "--print")
     assert answer.commands == [["ray", "start", "--block", "--address=198.51.100.7:6379"]]
