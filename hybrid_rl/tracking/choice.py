@@ -16,7 +16,7 @@ from hybrid_rl.tracking.tracker import Opening, Tracker
 _PACKAGES = {
     "tensorboard": ("tensorboardX", "tensorboardX"),
     "mlflow": ("mlflow", "mlflow-skinny"),
-    "trackio": ("trackio", "trackio"),
+    "trackio": ("trackio", "trackio"),  # not of the extra: its Pillow is older than other packages'
     "prometheus": ("prometheus_client", "prometheus-client"),
 }
 """What a tracker imports, and what is installed for it; wandb comes with this package."""
@@ -35,9 +35,13 @@ def check_trackers(config: Config) -> None:
     for name in _names(tracking):
         module, package = _PACKAGES.get(name, ("wandb", "wandb"))
         if importlib.util.find_spec(module) is None:
+            value = getattr(tracking, name)
+            also = "(or 'hybrid-rl[tracking]' for all trackers but trackio)"
+            if name == "trackio":
+                also = "in an environment made for it (docs/watching.md)"
             raise ConfigError(
-                f"tracking.{name}={getattr(tracking, name)} needs {package}, which is not installed; "
-                f"pip install '{package}' (or 'hybrid-rl[tracking]' for all trackers)"
+                f"tracking.{name}={'true' if value is True else value} needs {package}, which is not installed; "
+                f"pip install '{package}' {also}"
             )
     if tracking.wandb == "online":
         _check_key()

@@ -315,12 +315,12 @@ def test_an_alert_is_logged_and_reaches_trackers(
 @pytest.mark.parametrize(
     ("tracking", "message"),
     [
-        ({"tensorboard": True}, r"tracking.tensorboard=True needs tensorboardX, .* pip install 'tensorboardX'"),
+        ({"tensorboard": True}, r"tracking.tensorboard=true needs tensorboardX, .* pip install 'tensorboardX' \(or"),
         (
             {"mlflow": "http://127.0.0.1:5000"},
             r"needs mlflow-skinny, which is not installed; pip install 'mlflow-skinny'",
         ),
-        ({"trackio": True}, r"pip install 'trackio'"),
+        ({"trackio": True}, r"tracking.trackio=true .* pip install 'trackio' in an environment made for it"),
         ({"prometheus": 9400}, r"tracking.prometheus=9400 needs prometheus-client"),
     ],
 )
