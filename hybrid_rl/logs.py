@@ -1,7 +1,7 @@
 """What this process logs: in a file, so that the terminal shows the run's own lines alone.
 
-`driver.log` has everything that Python code of this process logs or warns of; of that, warnings of this project's own
-code are also shown. Workers' output is in files beside it (`cluster/logs.py`).
+`driver.log` has what Python code of this process warns of and, of this project's own code, also what it tells: starts
+and stops, a line a step. Its own warnings are also shown. Workers' output is in files beside it (`cluster/logs.py`).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def log_to(directory: Path) -> Path:
     root.addHandler(log)
     logging.captureWarnings(True)
     for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
         if logging.lastResort is not None:  # what shows warnings where nothing handles them, as it was until now
             logging.lastResort.setFormatter(Scrubbed("%(message)s"))
             logging.getLogger(name).addHandler(logging.lastResort)

@@ -58,11 +58,8 @@ class RunDirectory:
         it holds a run already, other than one that is to begin `again`, or cannot be written."""
         default = Path("runs") / f"{config.run.name or config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunDirectory(Path(config.run.dir) if config.run.dir else default)
-        if run.metrics.exists() and not again:
-            raise ConfigError(
-                f"run.dir={str(run.path)!r} holds a run already; choose another, or continue it with --resume (or "
-                "--auto-resume, which begins it again where it has no checkpoint)"
-            )
+        if not again:
+            run.check_free()
         made = (run.config, run.lock, run.logs, run.rollouts, run.path)
         run._made = [path for path in made if not path.exists()]
         try:
@@ -72,6 +69,14 @@ class RunDirectory:
             raise ConfigError(f"run.dir={str(run.path)!r} cannot be written: {error}") from None
         return run
 
+    def check_free(self) -> None:
+        """Raises `ConfigError` if it holds a run."""
+        if self.metrics.exists():
+            raise ConfigError(
+                f"run.dir={str(self.path)!r} holds a run already; choose another, or continue it with --resume (or "
+                "--auto-resume, which begins it again where it has no checkpoint)"
+            )
+
     @staticmethod
     def open(config: Config) -> RunDirectory:
         """The directory `run.dir` of a run to resume. Raises `ConfigError` if there is none, or its settings differ."""
@@ -80,7 +85,11 @@ class RunDirectory:
         run = RunDirectory(Path(config.run.dir))
         if not (run.config.is_file() and run.plan.is_file() and run.summary.is_file()):
             raise ConfigError(f"run.dir={config.run.dir!r} holds no run that can be resumed")
-        changed = [line for name, line in run._changes(config) if not _may_change(name, config)]
+        changed = [
+            line + " (only with a constant learner.schedule and without AdaLoRA)" * (name == "steps")
+            for name, line in run._changes(config)
+            if not _may_change(name, config)
+        ]
         if changed:
             shown = "".join(f"\n  {line}" for line in changed[:8])
             more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""

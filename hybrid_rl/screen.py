@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.tables import plan_table
 from hybrid_rl.tracking import NO_COUNTS, Alert
+
+logger = logging.getLogger(__name__)
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SEEN = 48
@@ -43,7 +46,7 @@ class RunScreen:
     steps."""
 
     def __init__(self, config: Config, too_long: int, console: Console | None = None) -> None:
-        self._console = console or Console(soft_wrap=True)
+        self._console = console or Console(soft_wrap=True, highlight=False)
         self._config, self._steps = config, config.steps
         self._doing = "starting workers"
         self._held_out = ""
@@ -83,7 +86,8 @@ class RunScreen:
         self._held_out = f"{evaluation['eval/accuracy']:.3f} at step {evaluated}"
         if step:
             left = "nothing is left to do" if step == self._steps else f"{self._steps - step} steps are left"
-            self._console.print(f"resumed after step {step} of {self._steps}; {left}")
+            self._console.print(said := f"resumed after step {step} of {self._steps}; {left}")
+            logger.info("%s", said)
 
     def show_step(self, row: Mapping[str, float], alerts: Sequence[Alert] = ()) -> None:
         step = int(row["step"])
@@ -94,10 +98,10 @@ class RunScreen:
             self._held_out = f"{row['eval/accuracy']:.3f} at step {step}"
         if alerts:
             self._alert = alerts[-1]  # all of them are logged
+        said = f"step {step}  reward {row['reward/mean']:.3f}  {row['time/step']:.2f} s  held-out {self._held_out}"
+        logger.info("%s", said)
         if not self._console.is_terminal and (step % max(1, self._steps // 20) == 0 or step == self._steps):
-            self._console.print(
-                f"step {step}  reward {row['reward/mean']:.3f}  {row['time/step']:.2f} s  held-out {self._held_out}"
-            )
+            self._console.print(said)
 
     def show_result(self, run: RunDirectory, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         self._live.stop()

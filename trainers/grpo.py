@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -30,6 +32,8 @@ from trainers.setup import Task, Workplace, check_task, open_workplace
 from trainers.step import InTurn, RolloutSource, SkipGuard
 from trainers.stopping import Stopped, StopSignal
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) -> RunDirectory:
     """Run the whole job; `name` is the configuration's. Raises `ConfigError` before any worker starts where it can,
@@ -40,17 +44,24 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
     with ExitStack() as held:
         if resume and config.run.dir is not None and (there := RunDirectory(Path(config.run.dir))).path.is_dir():
             held.enter_context(there.alone())
+            if there.logs.is_dir():
+                log_to(there.logs)
             recover(there.checkpoints)
         task, resumption = check_run(config, resume)
         run = resumption.run if resumption else RunDirectory.create(config, name, again=resume == "auto")
         held.enter_context(run.alone())
         log_to(run.logs)
         run.write_machine()
+        logger.info("process %d trains in %s", os.getpid(), run.path)
         try:
             with StopSignal() as stop:
                 _run(config, task, run, resumption, stop)
         except Stopped:
+            logger.info("stopped by SIGTERM %s", standing(run))
             raise Stopped(standing(run)) from None
+        except KeyboardInterrupt:
+            logger.info("interrupted %s", standing(run))
+            raise KeyboardInterrupt(standing(run)) from None
         except ConfigError:
             run.discard()
             raise
@@ -61,6 +72,8 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
 
 def check_run(config: Config, resume: bool | Literal["auto"]) -> tuple[Task, Resumption | None]:
     """Everything that needs no worker. A run that is resumed has its own plan, wherever it once came from."""
+    if not resume and config.run.dir is not None:
+        RunDirectory(Path(config.run.dir)).check_free()
     resumption = find_resumption(config) if resume is True or (resume and can_resume(config)) else None
     task = check_task(config, resumption and resumption.plan)
     check_surroundings(config, task)

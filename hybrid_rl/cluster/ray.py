@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+from unittest.mock import patch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -25,6 +27,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 import psutil
 import ray
+import ray._private.services
 import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -58,7 +61,7 @@ class RayCluster:
         noise = log_directory() / "driver.log"
         before = noise.stat().st_size
         try:
-            with _standard_error(noise), _own_sigterm():
+            with _standard_error(noise), _own_sigterm(), _groups_of_their_own():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **where)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             self._output()
@@ -175,6 +178,19 @@ def _own_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Start Ray's processes outside this one's group: where SIGTERM goes to all of that (`timeout`, supervisors), what
+    has to be saved needs them. They end with this process even if it is killed."""
+
+    class Apart(subprocess.Popen):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named, process_group=0)
+
+    with patch.object(ray._private.services, "ConsolePopen", Apart):
+        yield
 
 
 @contextmanager
