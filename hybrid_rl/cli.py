@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tool = f" {options.tool}" if "tool" in options else ""
         print(f"hybrid-rl {options.command}{tool}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"hybrid-rl {options.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"hybrid-rl {options.command}: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
     except Exception as error:  # whatever it was; the log has its traceback
         from hybrid_rl.failures import explain

@@ -64,7 +64,7 @@ def wait(cluster: str, nodes: int, seconds: float) -> int:
 
     try:
         ray.init(cluster, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         return _refuse(f"Ray at {cluster} does not let this node in: {str(error).strip().splitlines()[-1]}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # Ray's own handler prints its stack
     until = time.monotonic() + seconds
