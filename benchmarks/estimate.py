@@ -103,7 +103,7 @@ def estimated(path: str, adaptation: str) -> dict[str, int]:
     from hybrid_rl.components import read_model
     from hybrid_rl.estimate import IMPORTED, learner_memory
     from hybrid_rl.rehearsal import rehearse_pass
-    from trainers.setup import meta_model
+    from trainers.base_model import meta_model
 
     config = configured(path, adaptation)
     model = meta_model(config)

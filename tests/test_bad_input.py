@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import httpx
 
 from hybrid_rl.cli import main
 
@@ -103,15 +104,15 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.answer_after": "####"}, ["row 0", "data.answer_after='####'"]),
     ({"data.max_prompt_length": 2}, ["data.max_prompt_length=2"]),
     ({"sampling.max_completion_length": 8000}, ["8006 tokens", "4096 positions", "data.max_prompt_length"]),
-    ({"model.path": "no/such-model"}, ["model.path='no/such-model'"]),
+    ({"model.path": "no/such-model"}, ["model.path='no/such-model' cannot be fetched", "HF_HUB_OFFLINE"]),
     ({"lora.rank": 65}, ["lora.rank=65 is more than any candidate has", "at most 64"]),
     ({"plan.placement": "recurrent"}, ["plan.placement=recurrent", "attention-only"]),
     ({"plan.exclude": ["*nothing*"]}, ["plan.exclude", "'*nothing*'"]),
     ({"plan.score": "best"}, ["plan.score='best'"]),
     ({"plan.path": "nowhere.json"}, ["plan.path='nowhere.json'", "does not exist"]),
     # The machine, its services and its directories.
-    ({"learner.cpus": 1000}, ["needs 2000.5 CPUs", "this machine has", "learner.cpus=1000"]),
-    ({"rollout.gpus": 64}, ["needs 64 GPUs", "rollout.engines=1", "rollout.gpus=64"]),
+    ({"learner.cpus": 1000}, ["needs 2000.5 CPUs", "this machine has", "learner.cpus (now 1000.0)", "(now 0.5)"]),
+    ({"rollout.gpus": 64}, ["needs 64 GPUs", "rollout.engines=1", "has none; leave out rollout.gpus=64"]),
     ({"rollout.cpu_kv_cache_gib": 90_000}, ["of memory, and this machine has", "KV cache", "rollout.cpu_kv_cache_gib"]),
     ({"cluster.address": "127.0.0.1:1"}, ["cluster.address='127.0.0.1:1' cannot be reached", "ray start --head"]),
     ({"run.dir": "/proc/nowhere"}, ["run.dir='/proc/nowhere'", "cannot be written"]),
@@ -141,7 +142,9 @@ def test_files_that_are_no_data_or_model(refused: Callable, tmp_path: Path):
     refused({"data.train": file("noise.parquet", bytes(range(256)))}, "data.train", "noise.parquet")
     refused({"data.train": file("notes.txt", "hello")}, "data.train", "notes.txt")
     (tmp_path / "notes").mkdir()
-    refused({"data.train": "arithmetic@train", "model.path": str(tmp_path / "notes")}, "model.path=")
+    refused(
+        {"data.train": "arithmetic@train", "model.path": str(tmp_path / "notes")}, "model.path=", "has no config.json"
+    )
 
 
 def test_a_model_without_weights_or_of_no_language(refused: Callable, tiny_model: Path, tmp_path: Path):
@@ -150,6 +153,35 @@ def test_a_model_without_weights_or_of_no_language(refused: Callable, tiny_model
     refused({"model.path": str(bare)}, f"model.path='{bare}'", "has no weights")
     (bare / "config.json").write_text("{")
     refused({"model.path": str(bare)}, f"model.path='{bare}'")
+
+
+@pytest.mark.parametrize("command", ["estimate", "train"])
+def test_a_model_that_is_not_here(
+    write_config: Callable,
+    tiny_tree: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    command: str,
+):
+    """Refused alike by every command that reads it, without a second question to the hub."""
+    asked: list[str] = []
+
+    def unreachable(url: str) -> None:
+        asked.append(url)
+        raise httpx.ConnectError("no such host")
+
+    monkeypatch.setattr("trainers.base_model.get_hf_file_metadata", unreachable)
+
+    def refusal(**changes: Any) -> str:
+        assert main([command, str(write_config(tiny_tree | changes))]) == 2
+        return capsys.readouterr().err
+
+    elsewhere = {"path": "no/such-model"}
+    assert "no hub can be reached" in refusal(model=elsewhere)
+    assert len(asked) == 1
+    assert "make it with `hybrid-rl warm-start`" in refusal(model=elsewhere, warm_start={"slips": 0.5})
+    assert "no name of a hub's model" in refusal(model={"path": "/nowhere/model"})
+    assert len(asked) == 1
 
 
 def test_plans_that_do_not_fit(refused: Callable, tiny_tree: dict, write_config: Callable, tmp_path: Path):

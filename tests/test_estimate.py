@@ -24,8 +24,8 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.rehearsal import rehearse_cache, rehearse_pass
 from tests.learner.processes import on_ranks, random_sequences
-from trainers.setup import meta_model
-from trainers.sizing import Machine, size_up, spread, unfit
+from trainers.base_model import meta_model
+from trainers.sizing import Machine, layout_line, size_up, spread, unfit
 
 H100 = Machine(8, 80 * GIB, None)
 
@@ -211,12 +211,31 @@ def test_layouts_for_a_number_of_gpus(tiny_config: Config, gpus: int, world_size
     assert (there.learner.world_size, there.rollout.engines) == (world_size, engines)
 
 
+@pytest.mark.parametrize(
+    ("changes", "gpus", "says"),
+    [
+        ({}, 3, "of 3 GPUs 3 are used: learner.world_size=2, rollout.engines=1"),
+        ({"learner": {"world_size": 2}}, 8, "learner.world_size=2, rollout.engines=6 (configured: 2 and 1; "),
+        ({"rollout": {"engines": 4}}, 8, "learner.world_size=4, rollout.engines=4 (configured: 2 and 4; "),
+        ({"learner": {"world_size": 2}, "rollout": {"engines": 2}}, 8, "of 8 GPUs 4 are used: learner.world_size=2, "),
+        ({"learner": {"world_size": 8}, "rollout": {"engines": 8}}, 8, "=4, rollout.engines=4 (configured: 8 and 8; "),
+        ({"learner": {"gpus": 0.5, "world_size": 1}, "rollout": {"gpus": 0.5}}, 1, "of 1 GPU 1 is used: "),
+        ({"learner": {"gpus": 0}, "rollout": {"gpus": 0}}, 1, "of 1 GPU 0 are used: "),
+        ({"cluster": {"placement": "colocate"}, "rollout": {"engines": 2}}, 1, "=1, rollout.engines=1 (configured: 2 "),
+    ],
+)  # fmt: skip
+def test_what_is_given_stays_where_it_fits(tiny_tree: dict, changes: dict, gpus: int, says: str):
+    config = parse_config(tiny_tree | changes)
+    assert says in layout_line(config, spread(config, gpus), gpus)
+
+
 def test_the_command(tiny_tree: dict, write_config: Callable, capsys: pytest.CaptureFixture, tmp_path: Path):
     path = str(write_config(tiny_tree))
     assert main(["estimate", path, "adaptation=lora", "--json"]) == 0
     out = capsys.readouterr().out
     sizes = json.loads(out.splitlines()[-1])
     assert "learner rank" in out
+    assert "export MALLOC_MMAP_THRESHOLD_=1048576" in " ".join(out.split())
     assert (sizes["configured"], sizes["fits"], sizes["gpus"], sizes["complete"]) == ("LoRA", True, 0, True)
     assert list(sizes["plans"]) == ["LoRA", "full", "hybrid", "MoLF"]
     assert sizes["plans"]["full"]["trained_parameters"] > 10 * sizes["plans"]["LoRA"]["trained_parameters"]
@@ -225,5 +244,11 @@ def test_the_command(tiny_tree: dict, write_config: Callable, capsys: pytest.Cap
     assert not json.loads(out.splitlines()[-1])["fits"]
     assert "a GPU has 1.00 GiB" in error
     assert main(["estimate", path, "--gpus", "1"]) == 2
-    assert "--gpus 1 is too few" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--gpus 1 is too few" in error
+    assert "cluster.placement=colocate, or learner.gpus=0.5 rollout.gpus=0.5" in error
+    assert main(["estimate", path, "--gpus", "1", "--gpu-memory", "80", "learner.gpus=0.5", "rollout.gpus=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "of 1 GPU 1 is used" in out
+    assert "1 GPU of 80.00 GiB" in out
     assert not (tmp_path / "run").exists()

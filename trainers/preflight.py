@@ -73,13 +73,19 @@ def _check_places(config: Config, machine: Machine) -> None:
 
 
 def _too_few(config: Config, kind: str, needed: float, there: float, where: str) -> str:
-    each = "cpus" if kind == "CPUs" else "gpus"
     learner, rollout = config.learner, config.rollout
-    return (
+    why = (
         f"the run needs {needed:g} {kind} for learner.world_size={learner.world_size} and rollout.engines="
-        f"{rollout.engines}, and {where} has {there:g}; lower those, or learner.{each}={getattr(learner, each)} or "
-        f"rollout.{each}={getattr(rollout, each)}"
+        f"{rollout.engines}, and {where} has "
     )
+    if kind == "CPUs":
+        return f"{why}{there:g}; lower those, or learner.cpus (now {learner.cpus}) or rollout.cpus (now {rollout.cpus})"
+    given = {"learner.gpus": learner.gpus, "rollout.gpus": rollout.gpus}
+    if not there:  # without GPUs nobody reserves one unless the settings say so
+        return f"{why}none; leave out {' and '.join(f'{name}={gpus:g}' for name, gpus in given.items() if gpus)}"
+    usual = {"learner.gpus": 1, "rollout.gpus": rollout.tensor_parallel}
+    now = [f"{name} (now {usual[name] if gpus is None else gpus:g})" for name, gpus in given.items()]
+    return f"{why}{there:g}; lower those, or {' or '.join(now)}"
 
 
 def _check_run_directory(config: Config, task: Task) -> None:

@@ -14,8 +14,9 @@ from hybrid_rl.plan_difference import compare_plans
 from hybrid_rl.scoring import find_score
 from hybrid_rl.screen import Bar
 from hybrid_rl.tables import candidates_table, difference_table, plan_table, totals_table
+from trainers.base_model import meta_model
 from trainers.ranking import make_plan
-from trainers.setup import check_plan, check_task, meta_model, open_workplace
+from trainers.setup import check_plan, check_task, open_workplace
 from trainers.sizing import Machine, memory_table, size_up
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_rl.adaptation import PARTS, Start
 from hybrid_rl.algorithms import rehearse
@@ -34,6 +33,7 @@ from hybrid_rl.scoring import find_score
 from hybrid_rl.treatments import ROUTED, TREATMENTS
 from hybrid_rl.types import Prompt, WeightUpdate, WorkerHandle
 from hybrid_rl.weight_sync import Transport
+from trainers.base_model import check_weights, meta_model
 from trainers.courier import MeetingCourier
 from trainers.reward_check import check_rewards
 
@@ -137,13 +137,9 @@ def check_input(config: Config) -> Task:
 
 def _read_input(config: Config, trains: bool = True) -> tuple[Task, Any]:
     """What there is beside a plan, and the model without its weights."""
-    if config.warm_start is not None and not Path(config.model.path).exists():
-        raise ConfigError(
-            f"model.path={config.model.path!r} does not exist yet; make it with `hybrid-rl warm-start` and this file"
-        )
-    tokenizer = load_tokenizer(config)
     model = meta_model(config)
-    _check_weights(config)
+    check_weights(config)
+    tokenizer = load_tokenizer(config)
     anatomy = _read_anatomy(config, model)
 
     data = config.data
@@ -242,6 +238,12 @@ def _check_given(config: Config, plan: AdaptationPlan) -> None:
         raise ConfigError(
             f"{config.plan.given} has MoLF modules, whose experts are compared by their learning rates; give lora.lr, "
             f"as in lora.lr={config.full.lr:g} (full.lr, as in the paper)"
+        )
+    ranks = sorted({m.rank for m in plan.adapted if m.rank is not None})
+    if ranks and "rank" in config.lora.model_fields_set and config.lora.rank not in ranks:  # recipes carry it along
+        given = " and ".join(map(str, ranks))
+        logger.warning(
+            "lora.rank=%d does nothing: %s has modules of rank %s", config.lora.rank, config.plan.given, given
         )
 
 
@@ -358,29 +360,6 @@ def check_engine(config: Config, plan: AdaptationPlan) -> None:
 def _resolved(path: str) -> str:
     """A local path made absolute; a hub name as it is."""
     return str(Path(path).resolve()) if Path(path).exists() else path
-
-
-def meta_model(config: Config) -> Any:
-    """The model without its weights, which are not read."""
-    try:
-        model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a path that is not a model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, OSError) and "connect" in reason and not Path(config.model.path).exists():
-            raise ConfigError(
-                f"model.path={config.model.path!r} cannot be fetched: no hub can be reached; give a directory, or "
-                "set HF_ENDPOINT (`hybrid-rl doctor` looks at the hub)"
-            ) from None
-        raise ConfigError(f"model.path={config.model.path!r} is not a causal language model: {reason}") from None
-    return model
-
-
-def _check_weights(config: Config) -> None:
-    local = Path(config.model.path)
-    if local.is_dir() and not any(local.glob("*.safetensors")):
-        raise ConfigError(f"model.path={config.model.path!r} has no weights (*.safetensors)")
 
 
 def _check_length(config: Config, model: Any, prompts: list[Prompt]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from hybrid_rl.machine import host_memory
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.tables import gib
-from trainers.setup import Task, check_plan, meta_model
+from trainers.base_model import meta_model
+from trainers.setup import Task, check_plan, places
 
 COMPARED: Mapping[str, Mapping[str, str]] = {
     "full": {"adaptation": "full"},
@@ -201,27 +203,78 @@ def _micro_batch(config: Config, longest: int) -> tuple[list[int], int]:
 
 
 def spread(config: Config, gpus: int) -> Config:
-    """The same run on so many GPUs: learner ranks and engines in the proportion that the settings have. Raises
-    `ConfigError` if it cannot be."""
-    each, ranks, engines = config.rollout.tensor_parallel, config.learner.world_size, config.rollout.engines
-    parallel = config.learner.sequence_parallel
+    """The same run on so many GPUs. `learner.world_size` and `rollout.engines` stay where the settings give them and
+    there are GPUs enough; what is left is shared out, as nearly as may be in the proportion that the settings have.
+    Raises `ConfigError` if it cannot be."""
+    parallel, ranks, engines = config.learner.sequence_parallel, config.learner.world_size, config.rollout.engines
+    given_ranks, given_engines = (
+        name in section.model_fields_set
+        for section, name in ((config.learner, "world_size"), (config.rollout, "engines"))
+    )
+    share = gpus * ranks / (gpus_needed(config, ranks, engines) or 1)
 
-    def divides(n: int) -> bool:
-        return n % parallel == 0 and not config.completions_per_step * parallel % (config.batch.mini_batches * n)
+    def choices(n: int) -> list[int]:
+        """Engines beside `n` ranks: as many as there is room for, or those given."""
+        if config.cluster.placement == "colocate":
+            return [n]
+        first = gpus_needed(config, n, 1)
+        each = gpus_needed(config, n, 2) - first
+        room = 1 + int((gpus - first) // each) if each else engines
+        return [engines, room] if given_engines else [room]
 
-    most = gpus if config.cluster.placement == "colocate" else gpus - each
-    share = gpus if config.cluster.placement == "colocate" else gpus * ranks / (ranks + engines * each)
-    fitting = [n for n in range(1, most + 1) if divides(n)]
+    def preferred(layout: tuple[int, int]) -> tuple[int, float, float]:
+        kept = (given_ranks and layout[0] == ranks) + (given_engines and layout[1] == engines)
+        return -kept, -gpus_needed(config, *layout), abs(layout[0] - share)
+
+    fitting = [
+        (n, m)
+        for n in range(1, max(gpus, ranks) + 1)
+        if n % parallel == 0 and not config.completions_per_step * parallel % (config.batch.mini_batches * n)
+        for m in choices(n)
+        if m > 0 and gpus_needed(config, n, m) <= gpus
+    ]
     if not fitting:
-        raise ConfigError(
-            f"--gpus {gpus} is too few: learner.sequence_parallel={parallel} and rollout.tensor_parallel={each} need "
-            f"at least {parallel + (each if config.cluster.placement == 'split' else 0)}"
-        )
-    world_size = min(fitting, key=lambda n: abs(n - share))
-    rest = world_size if config.cluster.placement == "colocate" else (gpus - world_size) // each
+        raise ConfigError(_too_few(config, gpus))
+    world_size, rest = min(fitting, key=preferred)
     learner = config.learner.model_copy(update={"world_size": world_size})
     rollout = config.rollout.model_copy(update={"engines": rest})
     return config.model_copy(update={"learner": learner, "rollout": rollout})
+
+
+def gpus_needed(config: Config, ranks: int, engines: int) -> float:
+    """What so many learner ranks and engines reserve where there are GPUs."""
+    return sum(place.gpus for place in places(config, True, ranks, engines))
+
+
+def _too_few(config: Config, gpus: int) -> str:
+    parallel, each = config.learner.sequence_parallel, config.rollout.tensor_parallel
+    why = (
+        f"--gpus {gpus} is too few: learner.sequence_parallel={parallel} and rollout.tensor_parallel={each} need at "
+        f"least {math.ceil(gpus_needed(config, parallel, 1))}"
+    )
+    if config.cluster.placement == "split" and each == 1 and gpus >= parallel:
+        why += (
+            f"; on {parallel}, ranks and engines share: cluster.placement=colocate, or learner.gpus=0.5 "
+            "rollout.gpus=0.5"
+        )
+    return why
+
+
+def layout_line(config: Config, chosen: Config, gpus: int) -> str:
+    """What `spread` made of the settings, and why."""
+    (ranks, engines), before = ((c.learner.world_size, c.rollout.engines) for c in (chosen, config))
+    used = gpus_needed(chosen, ranks, engines)
+    line = f"of {_gpus(gpus)} {used:g} {'is' if used == 1 else 'are'} used: "
+    line += f"learner.world_size={ranks}, rollout.engines={engines}"
+    if before != (ranks, engines):
+        line += f" (configured: {before[0]} and {before[1]}; what the settings give stays where it fits)"
+    elif used < gpus:
+        line += " (as configured; leave one of them out to use more)"
+    return line
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count != 1 else ''}"
 
 
 def unfit(sizing: Sizing) -> str | None:
@@ -235,8 +288,9 @@ def unfit(sizing: Sizing) -> str | None:
         shared = learner.gpus is not None or rollout.gpus is not None
         if wanted > machine.gpus and not shared:
             return (
-                f"the run needs {wanted} GPUs, and there are {machine.gpus}; lower learner.world_size="
-                f"{learner.world_size} or rollout.engines={rollout.engines}, or use cluster.placement=colocate"
+                f"the run needs {wanted} GPUs, and there {'is' if machine.gpus == 1 else 'are'} {machine.gpus}; lower "
+                f"learner.world_size={learner.world_size} or rollout.engines={rollout.engines}, or use "
+                "cluster.placement=colocate"
             )
     if machine.gpus and machine.gpu_bytes is not None and (why := _unfit_gpu(sizing, machine.gpu_bytes)) is not None:
         return why
@@ -323,7 +377,9 @@ def estimate_command(
 ) -> None:
     """Print the sizes. Raises `ConfigError`, after that, for what does not fit."""
     if gpus is not None:
-        config, machine = spread(config, gpus), Machine(gpus, Machine.here().gpu_bytes, None)
+        chosen, machine = spread(config, gpus), Machine(gpus, Machine.here().gpu_bytes, None)
+        console.print(layout_line(config, chosen, gpus), soft_wrap=True)
+        config = chosen
     else:
         machine = Machine.of(config)
     if gpu_memory is not None:
@@ -401,8 +457,8 @@ def memory_table(sizing: Sizing) -> Table:
     table.caption += "; sequences as long as they may be"
     if not gpu:
         table.caption += (
-            ". On CPUs within 10 % of what was measured with MALLOC_MMAP_THRESHOLD_=1048576 set; without it, glibc "
-            "keeps what is freed, and up to 1.6 times the estimate was measured"
+            ". On CPUs, up to 1.6 times as much was measured, since glibc keeps what is freed; to stay within 10 %, "
+            "export MALLOC_MMAP_THRESHOLD_=1048576 where the run (on a cluster, Ray) is started: no launcher sets it"
         )
     return table
 
@@ -435,7 +491,7 @@ def facts_table(sizing: Sizing) -> Table:
         "workers",
         f"learner.world_size={ranks}, rollout.engines={engines}, cluster.placement={config.cluster.placement}",
     )
-    on = f"{machine.gpus} GPUs" + (f" of {gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
+    on = _gpus(machine.gpus) + (f" of {gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
     on = on if machine.gpus else "CPUs"
     if machine.nodes:
         on += f"; the cluster at {cluster_address(config)}"

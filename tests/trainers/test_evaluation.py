@@ -23,9 +23,9 @@ from hybrid_rl.export import FORMATS, export_run
 from hybrid_rl.files import describe
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.run_directory import RunDirectory, read_metrics
+from trainers.base_model import meta_model
 from trainers.evaluation import evaluate_policy
 from trainers.grpo import train
-from trainers.setup import meta_model
 
 PLUGIN = '''
 def variety(completions, **columns):

@@ -89,8 +89,8 @@ def test_a_dry_run_looks_at_the_cluster_that_would_be_joined(
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         tiny_tree["cluster"] = {"address": "10.0.0.1:6379"}
 
-    def dry(cpus: int) -> str:
-        config = parse_config(tiny_tree | {"learner": {"world_size": 2, "cpus": cpus}})
+    def dry(cpus: int, **learner: int) -> str:
+        config = parse_config(tiny_tree | {"learner": {"world_size": 2, "cpus": cpus, **learner}})
         console = Console(width=150, file=io.StringIO(), record=True)
         task = check_task(config)
         check_surroundings(config, task)
@@ -102,7 +102,11 @@ def test_a_dry_run_looks_at_the_cluster_that_would_be_joined(
     assert "64 of 64" in text
     with pytest.raises(ConfigError, match=r"needs 1200.* CPUs.*the cluster at 10\.0\.0\.1:6379 has 128"):
         dry(600)
-    assert len(asked) == 2
+    with pytest.raises(
+        ConfigError, match=r"needs 17 GPUs.*has 16; .* learner\.gpus \(now 8\) or rollout\.gpus \(now 1\)"
+    ):
+        dry(1, gpus=8)
+    assert len(asked) == 3
 
 
 def test_a_driver_does_without_deepspeed():
