@@ -246,13 +246,16 @@ def test_adalora_that_does_not_come_down_says_so(tiny_tree: dict, tmp_path: Path
     assert "ends with 84 ranks in its adalora modules, above the 56" in warning
 
 
-def test_a_hand_edited_plan_is_what_is_trained(learnable: dict, tmp_path: Path):
+def test_a_hand_edited_plan_is_what_is_trained(learnable: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     first = train(parse_config(inline(learnable, tmp_path / "first", steps=1)), name="first")
     tree = json.loads(first.plan.read_text())
     for i, module in enumerate(tree["modules"]):
         full = i == 3
         module |= {"treatment": "full", "rank": None, "alpha": None} if full else {"treatment": "frozen", "rank": None}
     edited = tmp_path / "edited.json"
+    other = inline(learnable, tmp_path / "other", plan={"path": str(first.plan)}, lora={"rank": 8})
+    check_run(parse_config(other), False)
+    assert f"lora.rank=8 does nothing: plan.path={str(first.plan)!r} has modules of rank 4" in caplog.text
     edited.write_text(json.dumps(tree))
     run = train(parse_config(inline(learnable, tmp_path / "second", plan={"path": str(edited)})), name="second")
     assert set(load_file(run.checkpoints / "step_000002/weights.safetensors")) == {
