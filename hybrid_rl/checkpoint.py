@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -35,6 +36,7 @@ PLAN = "plan.json"
 WAITING = "waiting.json"
 _FORMAT = 2
 _NAME = re.compile(r"step_\d{6,}")
+_ASIDE = re.compile(rf"\.writing_({_NAME.pattern})_[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Checkpoints:
     def __init__(self, root: Path, settings: CheckpointConfig, saver: Saver) -> None:
         self._root, self._settings, self._saver = root, settings, saver
         self._begun: _Begun | None = None
+        self._given_up: list[Path] = []
         self.failed = 0
         """Those that could not be written."""
         self.last: int | None = None
@@ -100,7 +103,7 @@ class Checkpoints:
         aside = root / f".writing_{_name(state.step)}_{secrets.token_hex(4)}"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(".old_*"):
+            for leftover in [*root.glob(".old_*"), *self._given_up]:
                 _delete(leftover)
             aside.mkdir()
             plan.save(aside / PLAN)
@@ -174,6 +177,7 @@ class Checkpoints:
     def _give_up(self, step: int, aside: Path, error: OSError) -> None:
         self.failed += 1
         _delete(aside)
+        self._given_up.append(aside)  # in which a rank that was slower may still write
         logger.error(
             "step %d could not be saved under %s: %s; training goes on, a resumed run would begin after step %d",
             *(step, self._root, error, self.last or 0),
@@ -216,7 +220,9 @@ def recover(root: Path) -> None:
     Raises `ConfigError` if that cannot be told.
     """
     for aside in sorted(root.glob(".writing_step_*")):
-        final = root / aside.name.removeprefix(".writing_").rpartition("_")[0]
+        if (named := _ASIDE.fullmatch(aside.name)) is None:
+            continue
+        final = root / named[1]
         # A run begins after the latest that is whole: what is there of the same step is damaged.
         if final.exists() and damage(final) is None:
             _delete(aside)
@@ -250,7 +256,7 @@ def _complete(aside: Path, final: Path) -> None:
 def _file_of(checkpoint: Path, name: str) -> Path:
     """Raises `_NotWhole` if that is not in the checkpoint, `FileNotFoundError` if it is no file."""
     path = checkpoint / name
-    if not path.resolve().is_relative_to(checkpoint.absolute()):
+    if not path.resolve().is_relative_to(checkpoint.resolve()):
         raise _NotWhole(f"{checkpoint / STATE} names {name}, which is not in it")
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
@@ -363,6 +369,8 @@ def _remove(checkpoint: Path) -> None:
 
 def _delete(directory: Path) -> None:
     """What is left of it is tried again with the next checkpoint."""
+    if not os.path.lexists(directory):
+        return
     try:
         if directory.is_symlink():
             directory.unlink()

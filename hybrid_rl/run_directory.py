@@ -64,10 +64,18 @@ class RunDirectory:
         run._made = [path for path in made if not path.exists()]
         try:
             run.rollouts.mkdir(parents=True, exist_ok=True)
-            run._write_settings(config)
         except OSError as error:
             raise ConfigError(f"run.dir={str(run.path)!r} cannot be written: {error}") from None
         return run
+
+    def begin(self, config: Config, *, again: bool = False) -> None:
+        """Write down the settings of a new run, when this process is `alone`. Raises `ConfigError` as `create` does."""
+        if not again:
+            self.check_free()
+        try:
+            self._write_settings(config)
+        except OSError as error:
+            raise ConfigError(f"run.dir={str(self.path)!r} cannot be written: {error}") from None
 
     def check_free(self) -> None:
         """Raises `ConfigError` if it holds a run."""
@@ -158,17 +166,18 @@ class RunDirectory:
         with file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     file.seek(0)
+                    holder = file.read().strip() or "another process"
                     raise ConfigError(
-                        f"run.dir={str(self.path)!r} is in use: {file.read().strip()} trains in it; wait for it, stop "
-                        f"it, or choose another. If its machine is gone, delete {self.lock}"
+                        f"run.dir={str(self.path)!r} is in use: {holder} trains in it; wait for it, stop it, or choose "
+                        f"another. If its machine is gone, delete {self.lock}"
                     ) from None
                 logger.warning("%s cannot be locked (%s): see to it that no other run uses it", self.path, error)
+            with contextlib.suppress(OSError):  # who holds it is for the message alone
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
     def identity(self) -> str:

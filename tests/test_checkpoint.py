@@ -223,6 +223,17 @@ def test_what_ranks_wrote_whole_outlives_the_driver(tmp_path: Path, caplog: pyte
     assert "step_000003 was not written to its end" in caplog.text
 
 
+@pytest.mark.parametrize("way", ["link/checkpoints", "real/../real/checkpoints"])
+def test_the_way_to_a_run_may_have_links(tmp_path: Path, way: str):
+    (tmp_path / "real" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    root = tmp_path / way
+    save(root, state(1))
+    begun(root, state(2), *NAMES)
+    recover(root)
+    assert latest_whole(root) == (root / "step_000002", [])
+
+
 def test_what_was_written_again_replaces_what_is_damaged(tmp_path: Path):
     save(tmp_path, state(1), state(2))
     begun(tmp_path, state(1), *NAMES)  # which is whole: this was an earlier try

@@ -59,6 +59,7 @@ def test_a_secret_of_digits_spoils_no_file(tiny_tree: dict, tmp_path: Path, monk
     tree = {**tiny_tree, "seed": 12345678, "run": {"dir": str(tmp_path / "run"), "name": "of 12345678"}}
     config = parse_config(tree)
     run = RunDirectory.create(config, "run")
+    run.begin(config)
     written = yaml.safe_load(run.config.read_text())
     assert (written["seed"], written["run"]["name"]) == (12345678, "of (X_PASSWORD, left out)")
     columns = {"answer": 12345678, "asked": "12345678"}

@@ -50,6 +50,8 @@ def train(config: Config, *, name: str, resume: bool | Literal["auto"] = False) 
         task, resumption = check_run(config, resume)
         run = resumption.run if resumption else RunDirectory.create(config, name, again=resume == "auto")
         held.enter_context(run.alone())
+        if resumption is None:
+            run.begin(config, again=resume == "auto")
         log_to(run.logs)
         run.write_machine()
         logger.info("process %d trains in %s", os.getpid(), run.path)

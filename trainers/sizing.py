@@ -255,7 +255,7 @@ def _too_few(config: Config, gpus: int) -> str:
     if config.cluster.placement == "split" and each == 1 and gpus >= parallel:
         why += (
             f"; on {parallel}, ranks and engines share: cluster.placement=colocate, or learner.gpus=0.5 "
-            "rollout.gpus=0.5"
+            f"rollout.gpus=0.5, with learner.world_size={parallel} rollout.engines={parallel}"
         )
     return why
 
@@ -269,7 +269,7 @@ def layout_line(config: Config, chosen: Config, gpus: int) -> str:
     if before != (ranks, engines):
         line += f" (configured: {before[0]} and {before[1]}; what the settings give stays where it fits)"
     elif used < gpus:
-        line += " (as configured; leave one of them out to use more)"
+        line += " (as configured)"
     return line
 
 

@@ -220,6 +220,12 @@ def _check_that_one_process_trains_in_it(config: Config, run: Path) -> None:
             with pytest.raises(ConfigError, match=rf"is in use: process {holder.pid} on \S+ trains in it; wait for it"):
                 train(config, name="run", resume=resume)
             check_run(config, resume)  # a look changes nothing
+        (run / "metrics.jsonl").rename(run / "metrics.not_yet")
+        before = (run / "config.yaml").read_text()
+        with pytest.raises(ConfigError, match="is in use"):
+            train(config.model_copy(update={"seed": 5}), name="run")
+        assert (run / "config.yaml").read_text() == before
+        (run / "metrics.not_yet").rename(run / "metrics.jsonl")
         holder.kill()
     assert being_written.is_dir()
     check_rows(read_metrics(train(config, name="run", resume="auto").metrics), 2)
