@@ -15,22 +15,53 @@ import torch
 from torch import Tensor
 
 from hybrid_rl.algorithms import Tokens
-from hybrid_rl.learner.layout import Layout, ModelInput, arrange
+from hybrid_rl.learner.layout import PACKED, Layout, ModelInput, arrange
 from hybrid_rl.types import Completion, TrainSequence
 
 
-def micro_batches(lengths: Sequence[int], ranks: int, tokens: int, layout: Layout) -> list[list[list[int]]]:
+def micro_batches(
+    lengths: Sequence[int],
+    ranks: int,
+    tokens: int,
+    layout: Layout,
+    prompts: Sequence[tuple[int, ...]] | None = None,
+) -> list[list[list[int]]]:
     """Share out sequences of `lengths` tokens: `result[rank][i]` holds the indices of rank's i-th micro-batch.
 
-    A micro-batch takes at most `tokens`, padding included. Every rank gets the same number of micro-batches, because
+    A micro-batch takes at most `tokens`, padding included; where `prompts` are shared, as if they were not, since
+    attention holds their keys and values for each sequence. Sequences of one prompt stay together then, as far as ranks
+    come to near-equal work. Every rank gets the same number of micro-batches, because
     each is a collective operation; a rank that has fewer is given empty ones.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if layout in ("segments", "positions"):
+    if layout == "shared" and prompts is not None:
+        pieces = _of_one_prompt(lengths, prompts, ranks, tokens)
+        sizes = [sum(lengths[i] for i in piece) for piece in pieces]
+        shares = _packed(sorted(range(len(pieces)), key=lambda p: -sizes[p]), sizes, ranks, tokens)
+        return [[[i for p in batch for i in pieces[p]] for batch in share] for share in shares]
+    if layout in PACKED:
         return _packed(order, lengths, ranks, tokens)
     shares = [_padded(order[rank::ranks], lengths, tokens if layout == "padded" else 0) for rank in range(ranks)]
     most = max(len(batches) for batches in shares)
     return [batches + [[] for _ in range(most - len(batches))] for batches in shares]
+
+
+def _of_one_prompt(
+    lengths: Sequence[int], prompts: Sequence[tuple[int, ...]], ranks: int, tokens: int
+) -> list[list[int]]:
+    """Sequences by prompt, in pieces of at most `tokens`, and of a quarter of what a rank gets if there are several."""
+    most = tokens if ranks == 1 else min(tokens, sum(lengths) // (4 * ranks))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    pieces: list[list[int]] = []
+    for members in groups.values():
+        pieces.append([])
+        for i in members:
+            if pieces[-1] and sum(lengths[j] for j in pieces[-1]) + lengths[i] > most:
+                pieces.append([])
+            pieces[-1].append(i)
+    return pieces
 
 
 def _padded(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -104,10 +135,10 @@ def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.de
     """Tensors of one micro-batch. An empty one is a row without sampled tokens, so that collectives still happen."""
     # Nothing is predicted from the last token.
     rows = [(*s.prompt_ids, *s.completion_ids)[:-1] for s in sequences]
-    inputs = arrange(rows, layout, device)
+    inputs = arrange(rows, layout, device, [len(s.prompt_ids) for s in sequences])
     picked = [(i, t) for i, s in enumerate(sequences) for t in sampled(s)]
     # Each token is predicted from the one before it.
-    at = [inputs.starts[i] + len(sequences[i].prompt_ids) - 1 + t for i, t in picked]
+    at = [inputs.at(i, len(sequences[i].prompt_ids) - 1 + t) for i, t in picked]
 
     def integers(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -121,5 +152,5 @@ def collate(sequences: Sequence[TrainSequence], layout: Layout, device: torch.de
         rollout_logprobs_T=torch.tensor([sequences[i].rollout_logprobs[t] for i, t in picked], device=device),
         advantages_T=torch.tensor([sequences[i].advantage for i, _ in picked], device=device),
         weights_T=torch.tensor([sequences[i].weight for i, _ in picked], device=device),
-        padding=inputs.input_ids.numel() - sum(len(row) for row in rows),
+        padding=inputs.input_ids.numel() + inputs.saved - sum(len(row) for row in rows),
     )

@@ -46,7 +46,8 @@ def read_head(model: Any) -> Head | str:
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Module):
         return "it has no output head"
-    ids = torch.randint(2, 50, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
+    known = min(50, model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(min(2, known - 1), known, (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
     seen: list[Tensor] = []
 
     def ramp(_module: nn.Module, args: Any, output: Tensor) -> Tensor:

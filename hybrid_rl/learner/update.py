@@ -19,6 +19,7 @@ from hybrid_rl.learner.engine import TrainingEngine, Update, part_norms
 from hybrid_rl.learner.layout import Layout
 from hybrid_rl.learner.logprobs import Entropy
 from hybrid_rl.learner.measures import ALWAYS, Measures
+from hybrid_rl.learner.prefixes import saved_prefixes
 from hybrid_rl.learner.sequence_parallel import SequenceGroup
 from hybrid_rl.treatments import expert_names
 from hybrid_rl.types import StepStats, TrainBatch, TrainSequence
@@ -189,12 +190,18 @@ class PolicyUpdate:
 
     def _indices(self, sequences: Sequence[TrainSequence]) -> list[list[int]]:
         """This rank's micro-batches; ranks of a sequence group have the same ones."""
+        return self._shares(sequences)[self._rank // self._config.learner.sequence_parallel]
+
+    def _shares(self, sequences: Sequence[TrainSequence]) -> list[list[list[int]]]:
         size = self._config.learner.sequence_parallel
         tokens = self._config.batch.tokens_per_micro_batch * size
-        shares = micro_batches(
-            [s.length for s in sequences], self._config.learner.world_size // size, tokens, self._layout
+        return micro_batches(
+            [s.length for s in sequences],
+            self._config.learner.world_size // size,
+            tokens,
+            self._layout,
+            [s.prompt_ids for s in sequences],
         )
-        return shares[self._rank // size]
 
     def _shard(self, sequences: Sequence[TrainSequence]) -> list[MicroBatch]:
         indices = self._indices(sequences)
@@ -210,11 +217,23 @@ class PolicyUpdate:
         times = sum(len(ranks) for _, ranks in planned) / len(shards)
         seconds, world_size = self._seconds["train"], self._config.learner.world_size
         passes = world_size * sum(map(len, shards))
-        tflops = times * self._flops.training(lengths, predicted, passes) / seconds / world_size / 1e12
+        done = self._flops.training(lengths, predicted, passes)
+        if self._layout == "shared":  # prompts that others stand in for are not computed
+            of_all = [s for m in batch.mini_batches for s in self._saved(m)]
+            done -= self._flops.training(of_all, 0, 0)
+        tflops = times * done / seconds / world_size / 1e12
         rates = {"throughput/train_tokens": times * sum(lengths) / seconds, "throughput/tflops": tflops}
         if self._peak is not None:
             rates["throughput/mfu"] = tflops / self._peak
         return rates
+
+    def _saved(self, sequences: Sequence[TrainSequence]) -> list[int]:
+        """Of all ranks, lengths of prompts that another sequence's stands in for."""
+        saved: list[int] = []
+        for some in (indices for share in self._shares(sequences) for indices in share):
+            rows = [(*sequences[i].prompt_ids, *sequences[i].completion_ids)[:-1] for i in some]
+            saved += saved_prefixes(rows, [len(sequences[i].prompt_ids) for i in some])
+        return saved
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

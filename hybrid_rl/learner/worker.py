@@ -67,8 +67,15 @@ class LearnerWorker:
         learner = self._config.learner
         halves = self._config.model.attention == "flash_attention_2"  # knows no fp32
         with self._autocast() if halves else nullcontext():
-            report = choose_layout(self._model, packing=learner.packing, tolerance=3e-2 if halves else 1e-3)
+            report = choose_layout(
+                self._model,
+                packing=learner.packing,
+                tolerance=3e-2 if halves else 1e-3,
+                sharing=learner.sequence_parallel == 1,  # whose ranks cut a row anywhere
+            )
         self._layout: Layout = report.chosen
+        # Scores take a row's tokens for those of its sequences.
+        self._ranking_layout: Layout = "segments" if report.chosen == "shared" else report.chosen
         self._read_policy()
         size = learner.sequence_parallel
         self._together = SequenceGroup(self._rank, learner.world_size, size) if size > 1 else None
@@ -127,10 +134,10 @@ class LearnerWorker:
             self._model,
             candidates,
             score,
-            ScoreContext(config.plan, config.lora.rank, config.seed),
+            ScoreContext(config.plan, config.lora.rank, config.score_seed),
             loss=self._ranking_loss,
             tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
-            layout=self._layout,
+            layout=self._ranking_layout,
             rank=self._rank,
             world_size=config.learner.world_size,
             all_reduce=deepspeed.comm.all_reduce,
@@ -173,7 +180,7 @@ class LearnerWorker:
         Clips as tight as GSPO's would take rounding between engine and learner for a move of the policy.
         """
         weighed = weigh(sequences, "sequence_mean_token_mean")
-        batch = collate(weighed, self._layout, self._device)
+        batch = collate(weighed, self._ranking_layout, self._device)
         with self._autocast():
             logprobs_T, _ = self._policy(batch.inputs.input_ids, batch.at_T, batch.targets_T, **batch.inputs.kwargs)
         tokens = batch.tokens(logprobs_T, batch.rollout_logprobs_T)

@@ -1,4 +1,7 @@
-"""The engine for debugging and for architectures that vLLM cannot serve: transformers' model, one request at a time."""
+"""The engine for small machines, for debugging, and for architectures that vLLM cannot serve: transformers' model.
+
+Requests whose prompts have the same length are decoded together (`batch_decoding`), one batch after another.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,22 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_rl.adaptation import apply_plan, remove_adapters
 from hybrid_rl.config import ConfigError
 from hybrid_rl.plan import AdaptationPlan, PlannedModule
+from hybrid_rl.rollout.batch_decoding import Batch, Row, Run, next_batch
 from hybrid_rl.rollout.engine import EngineSettings
 from hybrid_rl.types import Completion, Progress, Receipt, Request, WeightUpdate
 from hybrid_rl.weight_sync import Meeting
 from hybrid_rl.weight_sync.apply import HeldWeights, NotServed, Piece, assemble
 from hybrid_rl.weight_sync.base import BaseFiles
 from hybrid_rl.weight_sync.chain import Updates
-
-
-@dataclass
-class _Row:
-    """One completion under way."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reason: str | None = None
-    """Why it ended, once it has."""
-
-
-@dataclass
-class _Run:
-    """A request; its completions are decoded together, those that have ended too, until all have."""
-
-    request: Request
-    started: float
-    rows: list[_Row]
-    generator: torch.Generator
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    """(Token, version): the weights that sampled from this token on."""
-    cache: dict[str, Any] | None = None
-    """What the model wants beside tokens, `None` until the prompt was read."""
 
 
 class TransformersEngine:
@@ -79,7 +58,8 @@ class TransformersEngine:
             self._weights.check_full(settings.full_names)
         except NotServed as error:
             raise ConfigError(f"transformers cannot take updates of {error}; leave it out with plan.exclude") from error
-        self._runs: deque[_Run] = deque()
+        self._waiting: deque[Run] = deque()
+        self._batch: Batch | None = None
         self._finished: dict[str, tuple[Completion, ...]] = {}
         self._asleep = False
         eos = self._model.generation_config.eos_token_id
@@ -88,13 +68,16 @@ class TransformersEngine:
 
     def advance(self, requests: Sequence[Request], cancelled: Sequence[str], seconds: float) -> Progress:
         self._ensure_ready()
-        self._runs = deque(run for run in self._runs if run.request.id not in cancelled)
-        for name in cancelled:
-            self._finished.pop(name, None)
+        if cancelled:
+            self._waiting = deque(run for run in self._waiting if run.request.id not in cancelled)
+            if self._batch is not None:
+                self._batch.drop(cancelled)
+            for name in cancelled:
+                self._finished.pop(name, None)
         for request in requests:
             generator = torch.Generator(self._device).manual_seed(request.seed)
-            rows = [_Row() for _ in range(request.sampling.n)]
-            self._runs.append(_Run(request, time.monotonic(), rows, generator))
+            rows = [Row() for _ in range(request.sampling.n)]
+            self._waiting.append(Run(request, time.monotonic(), rows, generator))
         self._work(time.monotonic() + seconds)
         finished, self._finished = self._finished, {}
         return Progress(finished, self._updates.version)
@@ -105,7 +88,7 @@ class TransformersEngine:
             raise RuntimeError("the engine is asleep; wake it before an update")
         self._updates.apply(updates, self._weights)
         if in_flight == "recompute":
-            self._forget_caches()
+            self._forget_cache()
         held = self._weights
         return Receipt(self._settings.name, self._updates.version, held.digests(), held.adapter)
 
@@ -114,7 +97,7 @@ class TransformersEngine:
 
     def sleep(self) -> None:
         """On a CPU, the weights stay where they are."""
-        self._forget_caches()
+        self._forget_cache()
         if self._device.type == "cuda":
             self._move("cpu")
             torch.cuda.empty_cache()
@@ -141,50 +124,43 @@ class TransformersEngine:
         for tensor in (*self._model.parameters(), *self._model.buffers()):
             tensor.data = tensor.data.to(device)
 
-    def _forget_caches(self) -> None:
-        for run in self._runs:
-            run.cache = None
+    def _forget_cache(self) -> None:
+        if self._batch is not None:
+            self._batch.forget_cache()
 
     def _work(self, deadline: float) -> None:
-        """Sample tokens until `deadline`, at least one, or until nothing is under way."""
-        while self._runs:
-            self._step(self._runs[0])
+        """Sample tokens until `deadline`, at least one of each row of a batch, or until nothing is under way."""
+        while self._waiting or (self._batch is not None and self._batch.runs):
+            if self._batch is None or not self._batch.runs:
+                most = self._settings.max_concurrent
+                self._batch = next_batch(self._waiting, self._model, most, self._device)
+            self._step(self._batch)
             now = time.monotonic()
-            for run in list(self._runs):
+            for run in (*self._batch.runs, *self._waiting):
                 limit = run.request.sampling.max_seconds
                 if limit is not None and now - run.started >= limit:
                     for row in run.rows:
                         row.reason = row.reason or "time"
-                if all(row.reason for row in run.rows):
-                    self._runs.remove(run)
-                    self._finished[run.request.id] = tuple(self._completion(run, row) for row in run.rows)
+            late = [run for run in self._waiting if run.ended]
+            for run in (*self._batch.finished(), *late):
+                self._finished[run.request.id] = tuple(self._completion(run, row) for row in run.rows)
+            if late:
+                self._waiting = deque(run for run in self._waiting if not run.ended)
             if now >= deadline:
                 return
 
     @torch.no_grad()
-    def _step(self, run: _Run) -> None:
+    def _step(self, batch: Batch) -> None:
         """Sample one token of every completion."""
-        sampling = run.request.sampling
-        if sampling.max_tokens < 1:
-            for row in run.rows:
-                row.reason = "length"
-            return
-        length = max(len(row.token_ids) for row in run.rows)
-        if not run.versions or run.versions[-1][1] != self._updates.version:
-            run.versions.append((length, self._updates.version))
-        scores = self._logits(run, length)
-        if sampling.temperature == 0:
-            chosen = scores.argmax(-1)
-        else:
-            scores = TemperatureLogitsWarper(sampling.temperature)(None, scores)  # type: ignore[arg-type]
-            if sampling.top_p < 1:
-                scores = TopPLogitsWarper(sampling.top_p)(None, scores)  # type: ignore[arg-type]
-            chosen = torch.multinomial(scores.softmax(-1), 1, generator=run.generator)[:, 0]
-        logprobs = scores.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-        room = self._settings.max_length - len(run.request.prompt_ids)
-        for row, token, logprob in zip(run.rows, chosen.tolist(), logprobs.tolist(), strict=True):
-            if row.reason is not None:
-                continue
+        for run in batch.runs:
+            if run.request.sampling.max_tokens < 1:
+                for row in run.rows:
+                    row.reason = "length"
+            elif not run.versions or run.versions[-1][1] != self._updates.version:
+                run.versions.append((batch.length, self._updates.version))
+        room = self._settings.max_length - len(batch.runs[0].request.prompt_ids)
+        for run, row, token, logprob in batch.sample():
+            sampling = run.request.sampling
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             if token in self._eos or (sampling.stop and self._cut(row, sampling.stop)[1]):
@@ -192,33 +168,13 @@ class TransformersEngine:
             elif len(row.token_ids) >= min(sampling.max_tokens, room):
                 row.reason = "length"
 
-    def _logits(self, run: _Run, length: int) -> Tensor:
-        """Logits [N, vocabulary] of the next token, in fp32."""
-        # Rows that have ended are filled up with a token that nobody reads.
-        filler = min(self._eos)
-        ids = torch.tensor(
-            [
-                [*run.request.prompt_ids, *row.token_ids, *([filler] * (length - len(row.token_ids)))]
-                for row in run.rows
-            ],
-            device=self._device,
-        )
-        if run.cache is None:
-            run.cache = {"attention_mask": torch.ones_like(ids), "use_cache": True}
-            inputs = self._model.prepare_inputs_for_generation(ids, is_first_iteration=True, **run.cache)
-        else:
-            inputs = self._model.prepare_inputs_for_generation(ids, next_sequence_length=1, **run.cache)
-        output = self._model(**inputs, return_dict=True)
-        run.cache = self._model._update_model_kwargs_for_generation(output, run.cache)
-        return output.logits[:, -1].float()
-
-    def _cut(self, row: _Row, stop: tuple[str, ...]) -> tuple[str, bool]:
+    def _cut(self, row: Row, stop: tuple[str, ...]) -> tuple[str, bool]:
         """A completion's text up to the first stop string, and whether it has one."""
         text = self._tokenizer.decode(row.token_ids, skip_special_tokens=True)
         ends = [at for at in map(text.find, stop) if at >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 
-    def _completion(self, run: _Run, row: _Row) -> Completion:
+    def _completion(self, run: Run, row: Row) -> Completion:
         text, _ = self._cut(row, run.request.sampling.stop)
         versions = [v for v in run.versions if v[0] < len(row.token_ids)] or [(0, self._updates.version)]
         assert row.reason is not None

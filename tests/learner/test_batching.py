@@ -14,11 +14,12 @@ from hybrid_rl.config import Config
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.assemble import assemble, groups_with_signal, lr_scales, mini_batches, reward_metrics
 from hybrid_rl.learner.batching import collate, micro_batches
+from hybrid_rl.learner.layout import PACKED
 from hybrid_rl.types import Completion, Outcome, Prompt, ScoredGroup, TrainSequence
 from tests.learner.processes import random_sequences
 
 SCALE = {"full": 1.0, "lora": 1.0}
-LAYOUTS = ["segments", "positions", "padded", "single"]
+LAYOUTS = ["shared", "segments", "positions", "padded", "single"]
 
 
 def _config(**changes: object) -> Config:
@@ -32,7 +33,7 @@ def test_every_sequence_is_in_one_micro_batch_within_the_budget(lengths: list[in
     dealt = sorted(i for share in shares for batch in share for i in batch)
     assert dealt == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1, "every rank makes the same number of collective calls"
-    packed = layout in ("segments", "positions")
+    packed = layout in PACKED
     for share in shares:
         for batch in share:
             some = [lengths[i] for i in batch]
@@ -44,6 +45,20 @@ def test_every_sequence_is_in_one_micro_batch_within_the_budget(lengths: list[in
 def test_packed_ranks_get_near_equal_tokens(lengths: list[int], ranks: int):
     loads = [sum(lengths[i] for b in share for i in b) for share in micro_batches(lengths, ranks, 200, "segments")]
     assert max(loads) - min(loads) <= 50
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4), st.integers(40, 300))
+def test_sequences_of_a_prompt_stay_together(sizes: list[int], ranks: int, tokens: int):
+    """As far as the budget and the number of ranks allow; and none is lost."""
+    prompts = [(p,) * 5 for p, size in enumerate(sizes) for _ in range(size)]
+    lengths = [5 + 1 + i % 7 for i in range(len(prompts))]
+    shares = micro_batches(lengths, ranks, tokens, "shared", prompts)
+    batches = [batch for share in shares for batch in share]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(prompts)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(sum(lengths[i] for i in batch) <= tokens for batch in batches)
+    if ranks == 1 and max(sizes) * 12 <= tokens:
+        assert sum(len({prompts[i] for i in batch}) for batch in batches) == len(sizes)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -164,3 +164,39 @@ def test_every_family_gets_a_layout_and_none_leaks(capsys: pytest.CaptureFixture
             assert report.chosen == "padded", family
     with capsys.disabled():
         print("\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe", "gpt2", "deepseek_v3"])
+def test_a_shared_prompt_is_exact(family: str):
+    """Gemma 3 has layers with a window that is shorter than the check's sequences."""
+    report = choose_layout(build(family), sharing=True)
+    assert report.chosen == "shared"
+    assert report.errors["shared"] < 1e-5
+    assert report.gradient_errors["shared"] < 1e-5
+    assert report.leaks["shared"] == 0.0
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "qwen3_5", "gpt_oss"])
+def test_a_prompt_is_not_shared_where_the_completions_leak_or_attention_is_not_ours(family: str):
+    report = choose_layout(build(family), sharing=True)
+    assert report.chosen == "padded"
+    assert "shared" in report.raised or report.leaks["shared"] > 0
+
+
+def test_a_prompt_lies_once_for_all_of_its_completions():
+    rows, prompts = [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 12, 13], [5, 6, 7], [9, 10, 14]], [3, 2, 3, 3, 2]
+    given = arrange(rows, "shared", prefixes=prompts)
+    flat, positions = given.input_ids.flatten().tolist(), given.kwargs["position_ids"].flatten().tolist()
+    places = [[given.at(i, t) for t in range(len(row))] for i, row in enumerate(rows)]
+    assert [[flat[at] for at in each] for each in places] == rows
+    assert [[positions[at] for at in each] for each in places] == [list(range(len(row))) for row in rows]
+    assert places[0][:3] == places[2][:3] == places[3]
+    assert (len(flat), given.saved) == (3 + 2 + 5, 3 + 3 + 2)
+    assert given.kwargs["cu_seq_lens_q"].diff().sum() == len(flat)
+
+
+def test_prompts_are_not_shared_where_that_saves_little():
+    rows = [[1, *range(2, 40)], [1, *range(3, 41)]]
+    given = arrange(rows, "shared", prefixes=[1, 1])
+    assert given.saved == 0
+    assert given.input_ids.equal(arrange(rows, "segments").input_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 
 from hybrid_rl.config import ConfigError
 from hybrid_rl.rollout import RolloutEngine
+from hybrid_rl.rollout.batch_decoding import Row, Run, next_batch
 from hybrid_rl.rollout.engine import run_requests
 from hybrid_rl.types import Completion, Request, Sampling
 from hybrid_rl.weight_sync import UpdateRefused, lora_names
 from hybrid_rl.weight_sync.chain import EngineBroken
+from tests.families import build
 from tests.weight_sync.engine_side import (
     RANK,
     Learner,
@@ -340,6 +343,61 @@ def test_stop_strings_end_a_completion(setup: Setup):
     assert stopped[0].finish_reason == "stop"
     assert stopped[0].text == text[: text.index(stop)]
     assert len(stopped[0].token_ids) < len(group[0].token_ids)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe", "falcon_h1", "qwen3_5", "mamba2", "lfm2", "gpt2"])
+def test_what_is_decoded_together_is_what_the_model_says_of_each(family: str):
+    """Caches that can be picked from and others, with sliding windows and recurrent states; rows end at different
+    times, a request is cancelled, and the caches are forgotten on the way."""
+    model = build(family).eval()
+    prompts = [(5, 6, 7), (8, 9, 10), (11, 12, 13, 14), (15, 16, 17)]
+    waiting = deque(
+        Run(Request(str(i), p, replace(SAMPLED, temperature=(0.7, 1.3)[i % 2]), i), 0.0, [Row() for _ in range(3)],
+            torch.Generator().manual_seed(i))
+        for i, p in enumerate(prompts)
+    )  # fmt: skip
+    batches = [next_batch(waiting, model, 64, torch.device("cpu")) for _ in range(2)]
+    assert [len(batch.runs) for batch in batches] == [3, 1], "prompts of one length are decoded together"
+    runs = [run for batch in batches for run in batch.runs]
+    with torch.no_grad():
+        for batch in batches:
+            for step in range(12):
+                for run, row, token, logprob in batch.sample() if batch.runs else ():
+                    row.token_ids.append(token)
+                    row.logprobs.append(logprob)
+                    number = 3 * int(run.request.id) + run.rows.index(row)
+                    if len(row.token_ids) > number:
+                        row.reason = "length"
+                batch.finished()
+                if step == 2:
+                    batch.drop(["3"])
+                if step == 5:
+                    batch.forget_cache()
+        assert not any(batch.runs for batch in batches)
+        for run in runs:
+            temperature = run.request.sampling.temperature
+            for i, row in enumerate(run.rows):
+                expected_length = 1 + 3 * int(run.request.id) + i
+                assert len(row.token_ids) == (3 if run.request.id == "3" else expected_length)
+                ids = torch.tensor([[*run.request.prompt_ids, *row.token_ids]])
+                logits = model(input_ids=ids, use_cache=False).logits[0].float() / temperature
+                found = logits.log_softmax(-1)[len(run.request.prompt_ids) - 1 : -1]
+                expected = found.gather(-1, ids[0, len(run.request.prompt_ids) :, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(row.logprobs), expected, rtol=0, atol=2e-4)
+
+
+def test_a_prompt_is_read_once_and_what_has_ended_is_not_computed(tiny_model: Path):
+    with started("transformers", settings_for(tiny_model, Memory(), max_concurrent=64)) as engine:
+        read: list[int] = []
+        model_of_engine: Any = engine
+        hook = model_of_engine._model.register_forward_pre_hook(
+            lambda _module, _args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        requests = [Request(str(i), (20 + i, 21, 22), replace(SAMPLED, n=8), i) for i in range(4)]
+        completions = [c for group in run_requests(engine, requests) for c in group]
+        hook.remove()
+    lengths = [len(c.token_ids) for c in completions]
+    assert read == [4 * 3, *(sum(n > t for n in lengths) for t in range(1, max(lengths)))]
 
 
 def test_lora_that_no_engine_can_serve_is_refused_at_the_start(tiny_model: Path):
