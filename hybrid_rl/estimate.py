@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config
-from hybrid_rl.plan import AdaptationPlan
+
+if TYPE_CHECKING:  # they import torch, which arithmetic does without
+    from hybrid_rl.components import Anatomy
+    from hybrid_rl.plan import AdaptationPlan
 
 FP32 = 4
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}

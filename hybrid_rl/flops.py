@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hybrid_rl.components import Anatomy
-from hybrid_rl.plan import AdaptationPlan
+if TYPE_CHECKING:  # they import torch, which arithmetic does without
+    from hybrid_rl.components import Anatomy
+    from hybrid_rl.plan import AdaptationPlan
 
 _PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362}
 """Dense bf16, from the vendor's data sheets; by what the device's name contains, the first that fits."""

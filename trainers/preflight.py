@@ -19,8 +19,9 @@ from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
 from hybrid_rl.run_directory import RunDirectory
 from hybrid_rl.tracking import check_trackers
+from trainers.estimation import facts_table, memory_table
 from trainers.setup import Task, places
-from trainers.sizing import Machine, facts_table, memory_table, size_up, unfit
+from trainers.sizing import Machine, size_up, unfit
 
 
 def check_surroundings(config: Config, task: Task) -> None:

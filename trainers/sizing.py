@@ -1,24 +1,19 @@
-"""`hybrid-rl estimate`: what a run takes, before any of it is there. Reads the model's shapes alone."""
+"""Memory of a run, before any of it is there, and the layout of its workers. Reads the model's shapes alone."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from hybrid_rl.cluster.survey import Node, cluster_address, survey
 from hybrid_rl.components import Anatomy
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.estimate import (
     CONTEXT,
-    GIB,
     ITEM_SIZE,
     LOADING,
     CacheSize,
@@ -31,6 +26,7 @@ from hybrid_rl.estimate import (
 from hybrid_rl.machine import host_memory
 from hybrid_rl.plan import AdaptationPlan
 from hybrid_rl.plan_building import configured_plan, select_candidates
+from hybrid_rl.scale import Shape, read_shape
 from hybrid_rl.tables import gib
 from trainers.base_model import meta_model
 from trainers.setup import Task, check_plan, places
@@ -106,6 +102,13 @@ class Sizing:
     cache: CacheSize | None
     complete: bool
     """Whether activations and caches are counted too."""
+    anatomy: Anatomy
+    plan: AdaptationPlan
+    """The configured one; before a ranking, the one that stands for it."""
+    passed: Pass | None
+    """A micro-batch's pass under it."""
+    shape: Shape | None
+    """What a step's time depends on, under it; `None` where the cache is not known."""
 
     @property
     def own(self) -> Sizes:
@@ -147,7 +150,7 @@ def size_up(
     prompts = [] if task is None else [len(prompt.token_ids) for prompt in [*task.train, *task.held_out]]
     longest = max(prompts, default=config.data.max_prompt_length) + config.sampling.max_completion_length
     plans = _plans(config, anatomy, given, compared)
-    lengths, micro_batches = _micro_batch(config, longest)
+    lengths, micro_batches = micro_batch(config, longest)
     predicted = len(lengths) * config.sampling.max_completion_length // config.learner.sequence_parallel
     cache, found, gpu = None, {}, machine.gpus > 0
     passes: dict[str, Pass | None] = dict.fromkeys(plans)
@@ -166,7 +169,28 @@ def size_up(
         update = each.sent_params * ITEM_SIZE[config.model.dtype]
         found[label] = Sizes(each.totals["trainable_params"], learner, other, engine, update)
     complete = cache is not None and all(passed is not None for passed in passes.values())
-    return Sizing(config, machine, found, next(iter(found)), longest, cache, complete)
+    own = next(iter(found))
+    shape = None if cache is None or model is None else read_shape(anatomy, plans[own], model.config, cache)
+    return Sizing(
+        config, machine, found, own, longest, cache, complete, anatomy, plans[own], passes[own], shape
+    )  # fmt: skip
+
+
+def resized(sizing: Sizing, config: Config, gpus: int) -> Sizing:
+    """The configured plan's sizes in another layout, on so many GPUs; a pass is taken to hold as much."""
+    gpu, machine = gpus > 0, replace(sizing.machine, gpus=gpus)
+    micro_batches = micro_batch(config, sizing.longest)[1]
+    learner, other = (
+        learner_memory(
+            config, sizing.anatomy, sizing.plan, sizing.passed, micro_batches=micro_batches, gpu=gpu, first=first
+        )
+        for first in (True, False)
+    )
+    engine = engine_memory(
+        config, sizing.anatomy, sizing.plan, sizing.cache, sizing.longest, gpu=gpu, gpu_bytes=machine.gpu_bytes
+    )
+    sizes = replace(sizing.own, learner=learner, other_rank=other, engine=engine)
+    return replace(sizing, config=config, machine=machine, by_plan={sizing.configured: sizes})
 
 
 def _plans(
@@ -193,7 +217,7 @@ def _plans(
     return plans
 
 
-def _micro_batch(config: Config, longest: int) -> tuple[list[int], int]:
+def micro_batch(config: Config, longest: int) -> tuple[list[int], int]:
     """Tokens of each sequence of a micro-batch, on one rank, and how many micro-batches a mini-batch has."""
     parallel = config.learner.sequence_parallel
     count = config.completions_per_step * parallel // config.batch.mini_batches // config.learner.world_size
@@ -206,38 +230,49 @@ def spread(config: Config, gpus: int) -> Config:
     """The same run on so many GPUs. `learner.world_size` and `rollout.engines` stay where the settings give them and
     there are GPUs enough; what is left is shared out, as nearly as may be in the proportion that the settings have.
     Raises `ConfigError` if it cannot be."""
-    parallel, ranks, engines = config.learner.sequence_parallel, config.learner.world_size, config.rollout.engines
+    ranks, engines = config.learner.world_size, config.rollout.engines
     given_ranks, given_engines = (
         name in section.model_fields_set
         for section, name in ((config.learner, "world_size"), (config.rollout, "engines"))
     )
     share = gpus * ranks / (gpus_needed(config, ranks, engines) or 1)
 
-    def choices(n: int) -> list[int]:
-        """Engines beside `n` ranks: as many as there is room for, or those given."""
-        if config.cluster.placement == "colocate":
-            return [n]
-        first = gpus_needed(config, n, 1)
-        each = gpus_needed(config, n, 2) - first
-        room = 1 + int((gpus - first) // each) if each else engines
-        return [engines, room] if given_engines else [room]
-
     def preferred(layout: tuple[int, int]) -> tuple[int, float, float]:
         kept = (given_ranks and layout[0] == ranks) + (given_engines and layout[1] == engines)
         return -kept, -gpus_needed(config, *layout), abs(layout[0] - share)
 
+    return laid_out(config, *min(layouts(config, gpus, engines if given_engines else None), key=preferred))
+
+
+def layouts(config: Config, gpus: int, engines: int | None = None) -> list[tuple[int, int]]:
+    """Learner ranks and engines that so many GPUs have room for: with every number of ranks that divides the batch, as
+    many engines as are left room for, and if that can be so many, `engines`. Raises `ConfigError` if there are none."""
+    parallel, asked = config.learner.sequence_parallel, config.rollout.engines
+
+    def choices(n: int) -> list[int]:
+        if config.cluster.placement == "colocate":
+            return [n]
+        first = gpus_needed(config, n, 1)
+        each = gpus_needed(config, n, 2) - first
+        room = 1 + int((gpus - first) // each) if each else asked
+        return [room] if engines is None else [engines, room]
+
     fitting = [
         (n, m)
-        for n in range(1, max(gpus, ranks) + 1)
+        for n in range(1, max(gpus, config.learner.world_size) + 1)
         if n % parallel == 0 and not config.completions_per_step * parallel % (config.batch.mini_batches * n)
         for m in choices(n)
         if m > 0 and gpus_needed(config, n, m) <= gpus
     ]
     if not fitting:
         raise ConfigError(_too_few(config, gpus))
-    world_size, rest = min(fitting, key=preferred)
-    learner = config.learner.model_copy(update={"world_size": world_size})
-    rollout = config.rollout.model_copy(update={"engines": rest})
+    return fitting
+
+
+def laid_out(config: Config, ranks: int, engines: int) -> Config:
+    """The same run with so many learner ranks and engines."""
+    learner = config.learner.model_copy(update={"world_size": ranks})
+    rollout = config.rollout.model_copy(update={"engines": engines})
     return config.model_copy(update={"learner": learner, "rollout": rollout})
 
 
@@ -264,7 +299,7 @@ def layout_line(config: Config, chosen: Config, gpus: int) -> str:
     """What `spread` made of the settings, and why."""
     (ranks, engines), before = ((c.learner.world_size, c.rollout.engines) for c in (chosen, config))
     used = gpus_needed(chosen, ranks, engines)
-    line = f"of {_gpus(gpus)} {used:g} {'is' if used == 1 else 'are'} used: "
+    line = f"of {gpus_in_words(gpus)} {used:g} {'is' if used == 1 else 'are'} used: "
     line += f"learner.world_size={ranks}, rollout.engines={engines}"
     if before != (ranks, engines):
         line += f" (configured: {before[0]} and {before[1]}; what the settings give stays where it fits)"
@@ -273,7 +308,7 @@ def layout_line(config: Config, chosen: Config, gpus: int) -> str:
     return line
 
 
-def _gpus(count: int) -> str:
+def gpus_in_words(count: int) -> str:
     return f"{count} GPU{'s' if count != 1 else ''}"
 
 
@@ -370,132 +405,3 @@ def _largest(parts: Mapping[str, int], knobs: Mapping[str, str]) -> str:
     order = sorted(parts, key=lambda part: -parts[part])
     shown = ", ".join(f"{part} {gib(parts[part])}" for part in order[:4])
     return f"{shown}. What helps: {knobs[LOADING if LOADING in parts else order[0]]}"
-
-
-def estimate_command(
-    config: Config, console: Console, *, gpus: int | None, gpu_memory: float | None, as_json: bool
-) -> None:
-    """Print the sizes. Raises `ConfigError`, after that, for what does not fit."""
-    if gpus is not None:
-        chosen, machine = spread(config, gpus), Machine(gpus, Machine.here().gpu_bytes, None)
-        console.print(layout_line(config, chosen, gpus), soft_wrap=True)
-        config = chosen
-    else:
-        machine = Machine.of(config)
-    if gpu_memory is not None:
-        if not machine.gpus:
-            raise ConfigError(f"--gpu-memory {gpu_memory:g} is of GPUs, of which there are none here; give --gpus too")
-        machine = replace(machine, gpu_bytes=int(gpu_memory * GIB))
-    with console.status("running the model on tensors without values"):
-        sizing = size_up(config, machine)
-    why = unfit(sizing)
-    console.print(memory_table(sizing))
-    console.print(facts_table(sizing))
-    if as_json:
-        print(json.dumps(as_object(sizing) | {"fits": why is None, "why": why}))
-    if why is not None:
-        raise ConfigError(why)
-
-
-def as_object(sizing: Sizing) -> dict[str, Any]:
-    config, machine = sizing.config, sizing.machine
-    plans = {
-        label: {
-            "trained_parameters": s.trained,
-            "learner": {"device": s.learner.device, "host": s.learner.host},
-            "engine": {"device": s.engine.device, "host": s.engine.host},
-            "host_bytes": sizing.host(s),
-            "sync_bytes": s.update,
-        }
-        for label, s in sizing.by_plan.items()
-    }
-    return {
-        "configured": sizing.configured,
-        "gpus": machine.gpus,
-        "gpu_bytes": machine.gpu_bytes,
-        "memory_bytes": machine.memory,
-        "learner.world_size": config.learner.world_size,
-        "rollout.engines": config.rollout.engines,
-        "longest_sequence": sizing.longest,
-        "tokens_per_step": sizing.tokens_per_step,
-        "complete": sizing.complete,
-        "plans": plans,
-    }
-
-
-def memory_table(sizing: Sizing) -> Table:
-    """Memory by part and plan."""
-    table = Table(title_justify="left", title=f"Memory of each process at its peak ({sizing.config.model.dtype})")
-    table.add_column("")
-    for label in sizing.by_plan:
-        mark = " (configured)" if label == sizing.configured else ""
-        table.add_column(label + mark, justify="right", style="bold" if mark else "")
-    every = list(sizing.by_plan.values())
-    gpu = sizing.machine.gpus > 0
-    each = (
-        f", each of {sizing.config.rollout.tensor_parallel} parts" if sizing.config.rollout.tensor_parallel > 1 else ""
-    )
-    where = [("learner rank", "learner", side) for side in (["device", "host"] if gpu else ["host"])]
-    where += [
-        (f"{sizing.config.rollout.engine} engine{each}", "engine", side)
-        for side in (["device", "host"] if gpu else ["host"])
-    ]
-    for title, process, side in where:
-        columns = [getattr(getattr(sizes, process), side) for sizes in every]
-        at = {"device": ", on its GPU", "host": ", in the machine's memory" if gpu else ""}[side]
-        table.add_row(f"[bold]{title}{at}", *(f"[bold]{gib(sum(column.values()))}" for column in columns))
-        for part in dict.fromkeys(part for column in columns for part in column):
-            table.add_row(f"  {part}", *(gib(column[part]) if part in column else "-" for column in columns))
-        table.add_section()
-    table.add_row("all processes, the machine's memory", *(gib(sizing.host(sizes)) for sizes in every))
-    table.add_row("weight update, complete", *(gib(sizes.update) for sizes in every))
-    table.add_row("trained parameters", *(f"{sizes.trained:,}" for sizes in every))
-    table.caption = "hybrids with the largest matrices full, an upper bound"
-    if not sizing.complete:
-        table.caption += "; [yellow]activations or caches are not counted, a lower bound[/]"
-        return table
-    table.caption += "; sequences as long as they may be"
-    if not gpu:
-        table.caption += (
-            ". On CPUs, up to 1.6 times as much was measured, since glibc keeps what is freed; to stay within 10 %, "
-            "export MALLOC_MMAP_THRESHOLD_=1048576 where the run (on a cluster, Ray) is started: no launcher sets it"
-        )
-    return table
-
-
-def facts_table(sizing: Sizing) -> Table:
-    """What a step is, and what there is to run it on."""
-    config, machine = sizing.config, sizing.machine
-    table = Table(show_header=False, title="A step", title_justify="left")
-    lengths, micro_batches = _micro_batch(config, sizing.longest)
-    sampled = config.completions_per_step * config.sampling.max_completion_length
-    table.add_row("sequences", f"{config.completions_per_step:,} of up to {sizing.longest:,} tokens")
-    table.add_row(
-        "tokens",
-        f"up to {sizing.tokens_per_step:,}, {sampled:,} of them sampled",
-    )
-    table.add_row(
-        "micro-batches", f"{micro_batches * config.batch.mini_batches} a rank, of up to {sum(lengths):,} tokens"
-    )
-    if sizing.cache is not None:
-        held = sizing.own.engine.device.get("KV cache") or sizing.own.engine.host.get("KV cache", 0)
-        at_once = (
-            held * (config.rollout.tensor_parallel if machine.gpus else 1) // max(1, sizing.cache.of(sizing.longest))
-        )
-        table.add_row(
-            "an engine's KV cache",
-            f"{gib(held)}: {at_once:,} sequences of that length ({sizing.cache.per_token:,} bytes a token)",
-        )
-    ranks, engines = config.learner.world_size, config.rollout.engines
-    table.add_row(
-        "workers",
-        f"learner.world_size={ranks}, rollout.engines={engines}, cluster.placement={config.cluster.placement}",
-    )
-    on = _gpus(machine.gpus) + (f" of {gib(machine.gpu_bytes)}" if machine.gpu_bytes else " of unknown memory")
-    on = on if machine.gpus else "CPUs"
-    if machine.nodes:
-        on += f"; the cluster at {cluster_address(config)}"
-    elif machine.memory is not None:
-        on += f"; this machine has {gib(machine.memory)} of memory"
-    table.add_row("runs on", on)
-    return table
