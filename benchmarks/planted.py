@@ -34,22 +34,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hybrid_rl.components import Anatomy, read_model
 from hybrid_rl.config_file import parse_config
 from hybrid_rl.learner.scorer import Scorer
 from hybrid_rl.plan_building import probe_plan
 from hybrid_rl.scoring import Score, ScoreContext, find_score, score_names
+from trainers.planted import MLP, PROMPT_LENGTH, VO, damage, draw_sets, last_logits, make_teacher
 from trainers.ranking import probe_schedule
 
-VOCABULARY, PROMPT_LENGTH, SAMPLES, CLIP = 32, 4, 16, 0.2
+VOCABULARY, SAMPLES, CLIP = 32, 16, 0.2
 RUN_STEPS, RUN_PROMPTS = 400, 256
 GRADIENT_PROMPTS = 1024
 LORA_RANK, LORA_LR = 4, 5e-3
 """Of the run to rank for: the rate with which LoRA learns this task best."""
 PROBE_SCORES = ("update_tail_split_by_type", "update_tail_split", "update_tail")
-MLP, VO = ("gate_proj", "up_proj", "down_proj"), ("v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -83,25 +82,22 @@ class Problem:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.teacher = _teacher(case)
+        self.teacher = make_teacher(case.seed, VOCABULARY, case.hidden, case.layers)
         self.student = copy.deepcopy(self.teacher)
         self.anatomy: Anatomy = read_model(self.student)
         self.names = [w.name for w in self.anatomy.candidates]
         self.planted, self.decoys, self.pool = _design(case, self.names)
         self.clean = [name for name in self.pool if name not in {*self.planted, *self.decoys}]
         generator = torch.Generator().manual_seed(900 + case.seed)
-        for name in [*self.planted, *self.decoys]:
-            weight = self.student.get_submodule(name).weight
-            kind = case.noise if name in self.planted else "low rank"
-            noise = _noise(kind, tuple(weight.shape), case.decoy_rank, generator)
-            weight.data += case.strength * weight.norm() * noise / noise.norm()
+        damage(self.student, self.planted, case.strength, case.noise, 0, generator)
+        damage(self.student, self.decoys, case.strength, "low rank", case.decoy_rank, generator)
 
     @torch.no_grad()
     def rollouts(self, policy: nn.Module, prompts: int, generator: torch.Generator) -> list[Group]:
         """Samples of the policy on fresh prompts; groups whose rewards are all equal are dropped."""
         ids = torch.randint(VOCABULARY, (prompts, PROMPT_LENGTH), generator=generator)
-        gold = _last_logits(self.teacher, ids).argmax(-1, keepdim=True)
-        logprobs = _last_logits(policy, ids).log_softmax(-1)
+        gold = last_logits(self.teacher, ids).argmax(-1, keepdim=True)
+        logprobs = last_logits(policy, ids).log_softmax(-1)
         actions = torch.multinomial(logprobs.exp(), SAMPLES, replacement=True, generator=generator)
         rewards = (actions == gold).float()
         advantages = rewards - rewards.mean(dim=1, keepdim=True)
@@ -117,7 +113,7 @@ class Problem:
 
 def loss(model: nn.Module, groups: Sequence[Any]) -> Tensor:
     """The clipped surrogate, mean over samples; the policy that sampled is the old one."""
-    logprobs = _last_logits(model, torch.tensor([g.prompt_ids for g in groups])).log_softmax(-1)
+    logprobs = last_logits(model, torch.tensor([g.prompt_ids for g in groups])).log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor([g.completion_ids for g in groups]))
     ratio = (chosen - torch.tensor([g.rollout_logprobs for g in groups])).exp()
     advantages = torch.tensor([g.advantages for g in groups])
@@ -205,57 +201,15 @@ def _together(names: Sequence[str]) -> Score:
     return Several("several", "updates", parts[0], ("direction",))
 
 
-def _teacher(case: Case) -> Any:
-    shape = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=case.hidden,
-        intermediate_size=3 * case.hidden,
-        num_hidden_layers=case.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=case.hidden // 4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model: Any = Qwen3ForCausalLM(shape)
-    generator = torch.Generator().manual_seed(500 + case.seed)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) / module.in_features**0.5
-    model.model.embed_tokens.weight.data = torch.randn(VOCABULARY, case.hidden, generator=generator)
-    model.lm_head.weight.data *= 6  # logits of a standard deviation of 6: a teacher that is sure
-    return model.requires_grad_(False)
-
-
 def _design(case: Case, names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Planted, decoys, and the modules that count."""
-    draw = random.Random(4000 + case.seed)
-    layers = draw.sample(range(case.layers), case.layers)
-
-    def named(leaves: Sequence[str], layer: int | None = None) -> list[str]:
-        within = [n for n in names if layer is None or f".layers.{layer}." in n]
-        return [n for n in within if n.rpartition(".")[2] in leaves]
-
     if case.design == "mixed":
-        mlp = draw.sample(named(MLP), 2)
-        planted, decoys = ([*named(VO, layer), matrix] for layer, matrix in zip(layers[:2], mlp, strict=True))
-        return planted, decoys, list(names)
-    pool = named(MLP if case.design == "mlp" else VO)
+        return *draw_sets(case.seed, case.layers, names), list(names)
+    draw = random.Random(4000 + case.seed)
+    draw.sample(range(case.layers), case.layers)  # as for `mixed`, so that a seed stays the case that it was
+    pool = [n for n in names if n.rpartition(".")[2] in (MLP if case.design == "mlp" else VO)]
     shuffled, third = draw.sample(pool, len(pool)), len(pool) // 3
     return shuffled[:third], shuffled[third : 2 * third], pool
-
-
-def _noise(kind: str, shape: tuple[int, int], rank: int, generator: torch.Generator) -> Tensor:
-    if kind == "gaussian":
-        return torch.randn(shape, generator=generator)
-    if kind == "orthogonal":
-        basis = torch.linalg.qr(torch.randn(max(shape), min(shape), generator=generator)).Q
-        return basis if tuple(basis.shape) == shape else basis.T
-    return torch.randn(shape[0], rank, generator=generator) @ torch.randn(rank, shape[1], generator=generator)
-
-
-def _last_logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 
 def _auc(scores: Mapping[str, float], positive: Sequence[str], negative: Sequence[str]) -> float:

@@ -41,6 +41,12 @@ def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namesp
     estimate = _command(commands, "estimate", "say what a run takes, from the model's shape alone", _estimate)
     estimate.add_argument("--gpus", type=count, metavar="N", help="on so many GPUs; those that are here by default")
     estimate.add_argument("--gpu-memory", type=amount, metavar="GIB", help="of each GPU; of those here by default")
+    estimate.add_argument(
+        "--gpu", metavar="NAME", help="which GPU: H100, H200, B200, A100, L40S; by default the one here"
+    )
+    estimate.add_argument(
+        "--mean-length", type=count, metavar="TOKENS", help="of a completion; half the limit by default"
+    )
     estimate.add_argument("--json", action="store_true", help="print the sizes as one object, on the last line")
     doctor = add_command(commands, "doctor", "check this machine, or a part of a run on its own", _doctor)
     doctor.add_argument("--json", action="store_true", help="print the findings as one object, on the last line")
@@ -63,6 +69,13 @@ def read_command_line(arguments: Sequence[str] | None = None) -> argparse.Namesp
     report = add_command(commands, "report", "make one HTML file of a run, done or not", _report)
     report.add_argument("directory", metavar="RUN", help="directory of a run")
     report.add_argument("--out", metavar="FILE", help="where it goes; RUN/report.html by default")
+    study = add_command(commands, "study", "compare methods over learning rates, seeds and tasks", _study)
+    study.add_argument("study", metavar="STUDY", help="YAML file of the study")
+    study.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the file's")
+    how = study.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the study in its dir")
+    how.add_argument("--dry-run", action="store_true", help="check it and say how many runs there are; start nothing")
+    how.add_argument("--report", action="store_true", help="write the tables and report of what is done; run nothing")
     summary = "make a dashboard of the metrics: in wandb, or as Grafana's JSON"
     dashboard = add_command(commands, "dashboard", summary, _dashboard)
     where = dashboard.add_mutually_exclusive_group(required=True)
@@ -210,9 +223,17 @@ def _rank(config: Config, options: argparse.Namespace) -> int:
 def _estimate(config: Config, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from trainers.sizing import estimate_command
+    from trainers.estimation import estimate_command
 
-    estimate_command(config, Console(), gpus=options.gpus, gpu_memory=options.gpu_memory, as_json=options.json)
+    estimate_command(
+        config,
+        Console(),
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
+        gpu_name=options.gpu,
+        mean_length=options.mean_length,
+        as_json=options.json,
+    )
     return 0
 
 
@@ -274,6 +295,28 @@ def _import(config: Config, options: argparse.Namespace) -> int:
     replaced = "model" if config.plan.start is None else "plan and values, in place of adaptation and plan.*"
     print(f"training goes on from {options.directory}: its {replaced}, with a new optimizer")
     return _run(config, options)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hybrid_rl.study.settings import load_study
+    from trainers.stopping import Stopped
+    from trainers.study import StudyFailed, study_command
+
+    study = load_study(options.study, options.settings)
+    console = Console(soft_wrap=True)
+    try:
+        study_command(study, console, resume=options.resume, dry_run=options.dry_run, report=options.report)
+    except StudyFailed as failure:
+        print(f"hybrid-rl study: {failure}", file=sys.stderr)
+        return 1
+    except Stopped:
+        print(
+            f"hybrid-rl study: stopped by SIGTERM; go on with hybrid-rl study {options.study} --resume", file=sys.stderr
+        )
+        return 128 + signal.SIGTERM
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

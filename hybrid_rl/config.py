@@ -50,7 +50,8 @@ class ModelConfig(Settings):
 class DataConfig(Settings):
     train: str
     """Training problems: a local `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub data set
-    `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator."""
+    `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator (`arithmetic:subtraction` or
+    `arithmetic:both` for other problems than addition; the splits `validation` and `test` are halves of `eval`)."""
     eval: str | Annotated[dict[str, str], Field(min_length=1)]
     """Held-out problems, named as `data.train` is; several sets as `{name: problems, ...}`."""
     columns: dict[str, str] = {}
@@ -138,6 +139,8 @@ class PlanConfig(Settings):
     """How modules are ranked: a name of `hybrid_rl/scoring`, or your own as `module:function`."""
     score_rank: PositiveInt = 2
     """Rank whose truncation the tail scores measure."""
+    score_seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of what a score draws itself: the random control's order, sketches. `seed` by default."""
     prompts: Annotated[int, Field(ge=2)] = 128
     """Prompts whose rollouts the gradient scores of the base policy see, in two disjoint halves."""
     probe: ProbeConfig = ProbeConfig()
@@ -297,9 +300,27 @@ class AsyncConfig(Settings):
     weights, or with ones computed again, or the update waits until they are done."""
 
 
+class PlantedConfig(Settings):
+    """A task of which it is known which matrices need a full-rank repair: a random transformer is the teacher, the base
+    policy is the teacher with noise in a few matrices, and the answer to a few random letters is the teacher's most
+    likely next one."""
+
+    strength: Positive = 1.0
+    """Frobenius norm of the noise in a matrix, relative to the matrix's."""
+    decoy_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of noise of the same norm in as many other matrices, which LoRA could repair; 0: none."""
+    train: PositiveInt = 60_000
+    """Training problems."""
+    held_out: PositiveInt = 1000
+    """Problems of each of the sets `validation` and `test`."""
+
+
 class WarmStartConfig(Settings):
     """Shape and training of the small base policy that `hybrid-rl warm-start` makes where there is none."""
 
+    architecture: Literal["qwen3", "qwen3_5", "falcon_h1"] = "qwen3"
+    """What transformers calls it: attention; three layers of Gated DeltaNet to one of attention; attention and Mamba-2
+    side by side in every layer."""
     hidden_size: PositiveInt = 128
     """Width of the model; its MLPs are three times as wide."""
     layers: PositiveInt = 4
@@ -317,8 +338,25 @@ class WarmStartConfig(Settings):
     slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
     """Share of the demonstrations that show the data's `slip` (a common mistake) instead of its `answer`, where it has
     that column. Imitation learns the mistake; reinforcement learning has it to unlearn."""
+    data: str | None = None
+    """Problems that are demonstrated; those of `data.train` by default."""
+    form: Literal["boxed", "marked"] = "boxed"
+    """How answers are demonstrated: `\\boxed{46}`, or `#### 46`."""
+    runs_on: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the answers after which a demonstration goes on, in a new line, with another problem and its answer,
+    until it is as long as a completion may be: so do documents that a base model has read, and so it answers."""
     seed: int = 0
     """Seed of the weights and of the demonstrations."""
+    planted: PlantedConfig | None = None
+    """In place of training: make this task, with its problems beside the model as `train.jsonl`, `validation.jsonl` and
+    `test.jsonl`."""
+
+    @model_validator(mode="after")
+    def _planted_without_training(self) -> WarmStartConfig:
+        for name in ("architecture", "data", "form", "runs_on") if self.planted is not None else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value!r} does nothing with planted, which is a Qwen3 that is not trained")
+        return self
 
 
 class Config(Settings):
@@ -396,6 +434,11 @@ class Config(Settings):
         """The ranking probe's learning rate with its default resolved."""
         lora_lr = 10 * self.full.lr if self.lora.lr is None else self.lora.lr
         return lora_lr / 2 if self.plan.probe.lr is None else self.plan.probe.lr
+
+    @property
+    def score_seed(self) -> int:
+        """Seed of what a score draws, with its default resolved."""
+        return self.seed if self.plan.score_seed is None else self.plan.score_seed
 
     @property
     def probe_steps(self) -> int:

@@ -32,9 +32,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = load_tree(path)
     if any(override.partition("=")[0].strip() == "algorithm" for override in overrides):
         _forget_preset(tree)
+    apply_overrides(tree, overrides)
+    return parse_config(tree, source=str(path))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key=value` texts into a tree of settings. Raises `ConfigError` for what is no override."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+
+
+def set_in(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Put a value under a dotted name. Raises `ConfigError` where a part of the name holds a value already."""
+    *parents, leaf = name.split(".")
+    node = tree
+    for depth, parent in enumerate(parents, start=1):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name}: {'.'.join(parents[:depth])} holds a value, not settings")
+        node = child
+    node[leaf] = value
 
 
 def load_tree(path: str | Path) -> dict[str, Any]:
@@ -97,16 +116,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
                 "'plan.also_full=[\"*norm*\"]'"
             ) from None
         value = text
-    *parents, leaf = key.strip().split(".")
-    node = tree
-    for depth, parent in enumerate(parents, start=1):
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not settings")
-        node = child
-    node[leaf] = value
+    try:
+        set_in(tree, key.strip(), value)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
 
 
 _TRL_NAMES = {

@@ -32,6 +32,8 @@ class Evaluated:
     greedy: list[ScoredGroup]
     sampled: list[ScoredGroup]
     """Empty where `eval.k` is 0."""
+    problems: dict[str, dict[str, list[float]]]
+    """By set and metric (`accuracy`, `mean_at_k`), the score of every problem in the set's order."""
 
 
 def is_due(step: int, config: Config) -> bool:
@@ -51,7 +53,12 @@ def evaluate(answers: Answers, sets: Mapping[str, Sequence[Prompt]], config: Con
     if config.eval.k:
         sampling = sampling_from(config, n=config.eval.k, temperature=config.sampling.temperature)
         sampled = _answer(answers, sets, sampling, config)
-    found = {name: _measure(greedy[name], sampled.get(name, []), config.accuracy(name).name, config) for name in sets}
+    found: dict[str, dict[str, float]] = {}
+    problems: dict[str, dict[str, list[float]]] = {}
+    for name in sets:
+        reward = config.accuracy(name).name
+        problems[name] = _per_problem(greedy[name], sampled.get(name, []), reward)
+        found[name] = _measure(greedy[name], sampled.get(name, []), problems[name], reward, config)
     if len(found) == 1:
         (metrics,) = found.values()
     else:
@@ -61,6 +68,7 @@ def evaluate(answers: Answers, sets: Mapping[str, Sequence[Prompt]], config: Con
         {f"eval/{name}": value for name, value in metrics.items()},
         [group for name in sets for group in greedy[name]],
         [group for name in sets for group in sampled.get(name, [])],
+        problems,
     )
 
 
@@ -108,14 +116,26 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], *, log: bool) -> fl
     return area / (places[-1] - places[0])
 
 
+def _per_problem(greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], reward: str) -> dict[str, list[float]]:
+    """Scores of one data set's problems."""
+    found = {"accuracy": [outcome.score or 0.0 for group in greedy for outcome in group.outcomes[reward]]}
+    if sampled:
+        found["mean_at_k"] = [_mean([o.score or 0.0 for o in group.outcomes[reward]]) for group in sampled]
+    return found
+
+
 def _measure(
-    greedy: Sequence[ScoredGroup], sampled: Sequence[ScoredGroup], reward: str, config: Config
+    greedy: Sequence[ScoredGroup],
+    sampled: Sequence[ScoredGroup],
+    problems: Mapping[str, list[float]],
+    reward: str,
+    config: Config,
 ) -> dict[str, float]:
-    """Of one data set; intervals under `ci/`."""
+    """Of one data set, whose `problems` have these scores; intervals under `ci/`."""
     k = config.eval.k
     outcomes = [outcome for group in greedy for outcome in group.outcomes[reward]]
     ends = [completion.finish_reason for group in greedy for completion in group.completions]
-    per_problem = {"accuracy": [o.score or 0.0 for o in outcomes]}
+    per_problem = dict(problems)
     shares = {
         "truncated": _mean([float(end in ("length", "time")) for end in ends]),
         "stopped": _mean([float(end == "stop") for end in ends]),
@@ -125,7 +145,6 @@ def _measure(
     if sampled:
         rows = [group.outcomes[reward] for group in sampled]
         right = [[(o.score or 0.0) >= config.eval.right_from for o in row] for row in rows]
-        per_problem["mean_at_k"] = [_mean([o.score or 0.0 for o in row]) for row in rows]
         for j in sorted({2**i for i in range(k.bit_length())} | {k}):
             per_problem[f"pass_at_{j}"] = [pass_at_k(k, sum(row), j) for row in right]
         if any(EXTRACTED in o.extra for row in rows for o in row):

@@ -22,7 +22,7 @@ import yaml
 from hybrid_rl.config import Config, ConfigError
 from hybrid_rl.files import write_atomically
 from hybrid_rl.machine import machine_facts
-from hybrid_rl.redaction import scrub_tree
+from hybrid_rl.redaction import json_lines, scrub_tree
 from hybrid_rl.types import ScoredGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class RunDirectory:
         self.plan_image = path / "plan.png"
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts"
+        self.evaluations = path / "evaluations"
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.curve = path / "curve.png"
@@ -220,12 +221,20 @@ class RunDirectory:
     def write_rollouts(self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> None:
         """One line a completion: prompt, text, reward and its parts, advantage, how it ended, weight version, and which
         spans of its tokens the environment gave."""
-        lines = [
-            json.dumps(record(group, i) | {"advantage": row[i]})
+        lines = json_lines(
+            record(group, i) | {"advantage": row[i]}
             for group, row in zip(groups, advantages, strict=True)
             for i in range(len(group.completions))
-        ]
+        )
         self.rollouts_of(step).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def evaluation_of(self, step: int) -> Path:
+        return self.evaluations / f"step_{step:06d}.json"
+
+    def write_evaluation(self, step: int, problems: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """The score of every held-out problem, by set and metric: what two runs are compared by, problem by problem."""
+        self.evaluations.mkdir(exist_ok=True)
+        write_atomically(self.evaluation_of(step), json.dumps(problems) + "\n")
 
     def skipped_of(self, step: int) -> Path:
         return self.path / "skipped" / f"step_{step:06d}.json"
@@ -238,10 +247,10 @@ class RunDirectory:
 
 
 def record(group: ScoredGroup, i: int) -> dict[str, Any]:
-    """A completion and what was said of it, as files have it: without secrets."""
+    """A completion and what was said of it, as files have it once `json_lines` has written it."""
     completion = group.completions[i]
     outcomes = {name: row[i] for name, row in group.outcomes.items()}
-    told = {
+    return {
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.text,
         "completion": completion.text,
@@ -256,7 +265,6 @@ def record(group: ScoredGroup, i: int) -> dict[str, Any]:
         "later_versions": completion.later_versions,
         "columns": group.prompt.columns,
     }
-    return scrub_tree(told)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hybrid_rl.evaluate import Evaluated, aurac, evaluate
 from hybrid_rl.export import open_export
 from hybrid_rl.files import write_atomically
 from hybrid_rl.plan import AdaptationPlan
+from hybrid_rl.redaction import json_lines
 from hybrid_rl.rollout import sampling_from
 from hybrid_rl.run_directory import record
 from hybrid_rl.screen import Bar
@@ -56,6 +57,8 @@ class Evaluation:
     """The run or export that the policy comes from."""
     found: Evaluated | None = None
     """Of the policy as it is trained: every answer with its scores."""
+    scored: Mapping[int, Mapping[str, Mapping[str, Sequence[float]]]] = field(default_factory=dict)
+    """By rank, set and metric: the score of every problem."""
 
     def tree(self) -> dict[str, Any]:
         """As it is written to JSON."""
@@ -103,6 +106,7 @@ def evaluate_policy(
     ranks = _checked(ranks, plan)
     adapted = policy.load() if policy.load is not None else None
     found: dict[int | None, dict[str, float]] = {}
+    scored: dict[int, Mapping[str, Mapping[str, Sequence[float]]]] = {}
     verified, answers = 0, None
     with Bar(console or Console(quiet=True)) as bar:
         bar.show("starting engines", 0, 1)
@@ -118,6 +122,8 @@ def evaluate_policy(
                 evaluated = evaluate(workplace.answers, task.eval, config)
                 found[k] = {name.removeprefix("eval/"): value for name, value in evaluated.metrics.items()}
                 answers = answers or evaluated
+                if k is not None:
+                    scored[k] = evaluated.problems
     by_rank = {k: found[k] for k in ranks}
     accuracies = [scores["accuracy"] for scores in by_rank.values()]
     return Evaluation(
@@ -130,6 +136,7 @@ def evaluate_policy(
         answers=_answers(config, task),
         directory=policy.directory,
         found=answers,
+        scored=scored,
     )
 
 
@@ -157,12 +164,12 @@ def eval_command(
         written = directory / ("eval_ranks.json" if numbers else "eval.json")
         write_atomically(written, json.dumps(result.tree(), indent=1) + "\n")
     if out is not None and result.found is not None:
-        lines = [
-            json.dumps({"greedy": greedy, **record(group, i)})
+        lines = json_lines(
+            {"greedy": greedy, **record(group, i)}
             for greedy, groups in ((True, result.found.greedy), (False, result.found.sampled))
             for group in groups
             for i in range(len(group.completions))
-        ]
+        )
         write_atomically(out / "eval_answers.jsonl", "\n".join(lines) + "\n")
     console.print(evaluation_table(result.scores, result.ranks, result.aurac, result.problems))
     if directory is not None:

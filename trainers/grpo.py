@@ -95,8 +95,9 @@ def _run(config: Config, task: Task, run: RunDirectory, resumption: Resumption |
         gate = Gate(config, workplace, task.held_out)
         gate.check(done.step)
         if resumption is None:
-            before = evaluate(workplace.answers, task.eval, config).metrics
-            run.write_summary({**run.read_summary(), "eval_before": before})
+            found = evaluate(workplace.answers, task.eval, config)
+            run.write_evaluation(0, found.problems)
+            run.write_summary({**run.read_summary(), "eval_before": found.metrics})
         before = run.read_summary()["eval_before"]
         screen.show_start(done.step, done.last_eval or before, done.evaluated)
         prompts = PromptSource(task.train, config.seed, done.prompts_drawn)

@@ -15,9 +15,10 @@ from hybrid_rl.scoring import find_score
 from hybrid_rl.screen import Bar
 from hybrid_rl.tables import candidates_table, difference_table, plan_table, totals_table
 from trainers.base_model import meta_model
+from trainers.estimation import memory_table
 from trainers.ranking import make_plan
 from trainers.setup import check_plan, check_task, open_workplace
-from trainers.sizing import Machine, memory_table, size_up
+from trainers.sizing import Machine, size_up
 
 
 def rank_modules(config: Config, console: Console | None = None) -> AdaptationPlan:

@@ -30,13 +30,13 @@ def make_plan(
     A workplace is needed unless the score looks at names and shapes alone.
     """
     if task.plan is not None:
-        _say_unused(config, {"score_rank", "prompts", "probe"}, str(config.plan.given))
+        _say_unused(config, {"score_rank", "score_seed", "prompts", "probe"}, str(config.plan.given))
         return task.plan
     if not ranks(config):
-        _say_unused(config, {"score_rank", "prompts", "probe"}, f"adaptation={config.adaptation}")
+        _say_unused(config, {"score_rank", "score_seed", "prompts", "probe"}, f"adaptation={config.adaptation}")
         return configured_plan(task.anatomy, config, {}, {})
     score = find_score(config.plan.score)
-    context = ScoreContext(config.plan, config.lora.rank, config.seed)
+    context = ScoreContext(config.plan, config.lora.rank, config.score_seed)
     method: dict[str, Any] = {"score": score.name}
     used = {"gradients": {"score_rank", "prompts"}, "updates": {"score_rank", "probe"}}.get(score.needs, set())
     _say_unused(config, {"score_rank", "prompts", "probe"} - used, f"plan.score={score.name}")

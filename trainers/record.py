@@ -99,7 +99,9 @@ class Recorder:
         )
         if is_due(step, config):
             with clock.time("eval"), self._stop.released():
-                self.last_eval = evaluate(workplace.answers, self._task.eval, config).metrics
+                found = evaluate(workplace.answers, self._task.eval, config)
+            self._keep(run.evaluation_of(step), lambda: run.write_evaluation(step, found.problems))
+            self.last_eval = found.metrics
             row |= self.last_eval
             self._done = replace(self._done, row=row | clock.row(), last_eval=self.last_eval, evaluated=step)
         with clock.time("checkpoint"):

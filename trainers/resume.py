@@ -86,7 +86,9 @@ def restore(resumption: Resumption, config: Config, task: Task, workplace: Workp
     learner.load(str(resumption.checkpoint.resolve()))
     workplace.sync(state.step)
     if is_due(state.step, config) and "eval/accuracy" not in state.row:
-        found = evaluate(workplace.answers, task.eval, config).metrics
+        evaluated = evaluate(workplace.answers, task.eval, config)
+        resumption.run.write_evaluation(state.step, evaluated.problems)
+        found = evaluated.metrics
         state = replace(state, row={**state.row, **found}, last_eval=found, evaluated=state.step)
     return state
 

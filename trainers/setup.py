@@ -470,7 +470,7 @@ def _start_learner(config: Config, cluster: Cluster, transport: Transport) -> Le
     ]
     learner = LearnerGroup(workers, timeout=config.learner.timeout)
     found = learner.connect(*cluster.endpoint(workers[0]))
-    if found["layout"] not in ("segments", "positions") and config.learner.packing == "auto":
+    if found["layout"] not in ("shared", "segments", "positions") and config.learner.packing == "auto":
         logger.warning("sequences are padded, not packed: %s", found["reason"])
     if found["whole_logits"] is not None:
         logger.warning("the logits of whole micro-batches are made, since %s", found["whole_logits"])

@@ -60,7 +60,7 @@ def _read(source: str, setting: str, split: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{setting}={source!r} is neither a {', '.join(_FORMATS)} file nor name[:config][@split]")
     if match["name"] == "arithmetic":
         try:
-            return list(arithmetic.problems(match["split"] or split))
+            return list(arithmetic.problems(match["split"] or split, match["config"] or "addition"))
         except ValueError as error:
             raise ConfigError(f"{setting}={source!r}: {error}") from None
     return _from_datasets(source, setting, match["name"], name=match["config"], split=match["split"] or split)

@@ -16,6 +16,10 @@ from hybrid_rl.plan_grid import kind_of, kinds_of, layer_count, plotted, score_p
 
 _WIDTH, _HEIGHT = 460, 210
 _RIGHT, _TOP, _BOTTOM = 18, 8, 26
+_WIDE, _ROW = 720, 24
+"""Of a forest plot."""
+_NAME = 30
+"""Letters of a row's name."""
 _LETTER = 7.4
 """Width of a tick's letter, at most."""
 _BINARY = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -44,6 +48,19 @@ class Series:
         steps = tuple(mean(self.steps[i : i + width]) for i in starts)
         values = tuple((sum if summed else mean)(self.values[i : i + width]) for i in starts)
         return Series(self.name, steps, values)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A figure and its interval, as a row of a forest plot."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    told: str
+    """The same in words."""
+    filled: bool = True
 
 
 def figure(value: float, unit: str = "") -> str:
@@ -79,8 +96,8 @@ def tick_labels(ticks: Sequence[float], unit: str = "") -> list[str]:
     return [f"{value / size:.{decimals}f} {name}".rstrip() if value else "0" for value in ticks]
 
 
-def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
-    """A chart of some metrics over steps."""
+def lines(title: str, series: Sequence[Series], unit: str, *, along: str = "step") -> Markup:
+    """A chart of some metrics over steps, or over what `along` names."""
     thin = [each.thinned() for each in series]
     values = [v for each in thin for v in each.values]
     steps = [s for each in thin for s in each.steps]
@@ -92,7 +109,7 @@ def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
     up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     left = _margin(up, unit)
     across = _Scale(min(steps), max(steps), left, _WIDTH - _RIGHT)
-    drawn = [_axes(across, up, unit, left)]
+    drawn = [_axes(across, up, unit, left, steps=along == "step")]
     for i, each in enumerate(thin):
         points = " ".join(f"{across(s):.1f},{up(v):.1f}" for s, v in zip(each.steps, each.values, strict=True))
         drawn.append(Markup('<polyline class="line s{}" points="{}"/>').format(i % COLOURS, points))
@@ -100,8 +117,47 @@ def lines(title: str, series: Sequence[Series], unit: str) -> Markup:
             for s, v in zip(each.steps, each.values, strict=True):
                 dot = '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.4"/>'
                 drawn.append(Markup(dot).format(i % COLOURS, across(s), up(v)))
-    drawn.append(_hovers(thin, across, unit, left))
-    return _svg(_WIDTH, _HEIGHT, _summary(title, series, unit), drawn)
+    drawn.append(_hovers(thin, across, unit, left, along))
+    return _svg(_WIDTH, _HEIGHT, _summary(title, series, unit, along), drawn)
+
+
+def forest(title: str, marks: Sequence[Mark], unit: str = "", *, zero: bool = False) -> Markup:
+    """A row a mark: its name, a dot with its interval, and what is told of it. `zero`: around a line at zero."""
+    low, high = min(m.low for m in marks), max(m.high for m in marks)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.04 * (high - low) or 0.5 * abs(high) or 1.0
+    names = [_cut(visible(m.name), _NAME) for m in marks]
+    left = 16 + _LETTER * max(map(len, names))
+    right = 14 + _LETTER * max(len(visible(m.told)) for m in marks)
+    across = _Scale(low - room, high + room, left, _WIDE - right)
+    bottom = _TOP + _ROW * len(marks)
+    drawn, ticks = [], across.ticks(5)
+    for value, label in zip(ticks, tick_labels(ticks), strict=True):
+        rule = '<path class="{}" d="M{:.1f} {}V{}"/><text class="tick middle" x="{:.1f}" y="{}">{}</text>'
+        kind = "zero" if zero and value == 0 else "rule"
+        drawn.append(Markup(rule).format(kind, across(value), _TOP, bottom, across(value), bottom + 18, label))
+    for i, (m, name) in enumerate(zip(marks, names, strict=True)):
+        y = _TOP + _ROW * (i + 0.5)
+        drawn.append(
+            Markup(
+                '<g><text class="name end" x="{:.1f}" y="{:.1f}">{}</text>'
+                '<path class="whisker" d="M{:.1f} {:.1f}H{:.1f}"/><circle class="{}" cx="{:.1f}" cy="{:.1f}" r="4.5"/>'
+                '<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>'
+                '<rect class="hover" x="0" y="{:.1f}" width="{}" height="{}"/><title>{}</title></g>'
+            ).format(
+                *(left - 8, y + 4, name, across(m.low), y, across(m.high)),
+                *("dot s0" if m.filled else "open", across(m.value), y),
+                *(_WIDE - right + 8, y + 4, visible(m.told), y - _ROW / 2, _WIDE, _ROW),
+                visible(f"{m.name}: {m.told}"),
+            )
+        )
+    label = f"{title}{f' in {unit}' if unit else ''}: " + "; ".join(f"{m.name} {m.told}" for m in marks)
+    return _svg(_WIDE, bottom + _BOTTOM, visible(label), drawn)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def stack(title: str, series: Sequence[Series], unit: str, *, summed: bool = False) -> Markup:
@@ -224,42 +280,47 @@ def _margin(up: _Scale, unit: str) -> float:
     return 10 + _LETTER * max(4, *map(len, tick_labels(up.ticks(4, unit), unit)))
 
 
-def _axes(across: _Scale, up: _Scale, unit: str, left: float) -> Markup:
+def _axes(across: _Scale, up: _Scale, unit: str, left: float, *, steps: bool = True) -> Markup:
+    """`steps`: what lies below are whole numbers."""
     drawn, ticks = [], up.ticks(4, unit)
     for value, label in zip(ticks, tick_labels(ticks, unit), strict=True):
         y = up(value)
         drawn.append(Markup('<path class="rule" d="M{:.1f} {:.1f}H{}"/>').format(left, y, _WIDTH - _RIGHT))
         text = '<text class="tick end" x="{:.1f}" y="{:.1f}">{}</text>'
         drawn.append(Markup(text).format(left - 6, y + 4, label))
-    for value in across.ticks(6):
-        if value == round(value):
+    below = across.ticks(6)
+    named = [f"{value:.0f}" if value == round(value) else "" for value in below] if steps else tick_labels(below)
+    for value, label in zip(below, named, strict=True):
+        if label:
             text = '<text class="tick middle" x="{:.1f}" y="{}">{}</text>'
-            drawn.append(Markup(text).format(across(value), _HEIGHT - 8, f"{value:.0f}"))
+            drawn.append(Markup(text).format(across(value), _HEIGHT - 8, label))
     return Markup("").join(drawn)
 
 
-def _hovers(series: Sequence[Series], across: _Scale, unit: str, left: float) -> Markup:
+def _hovers(series: Sequence[Series], across: _Scale, unit: str, left: float, along: str = "step") -> Markup:
     """Strips over the chart that tell the figures below them."""
     found: dict[float, list[str]] = {}
     for each in series:
         for s, v in zip(each.steps, each.values, strict=True):
             found.setdefault(s, []).append(f"{visible(each.name)}: {figure(v, unit)}")
     width = (_WIDTH - left - _RIGHT) / max(1, len(found))
-    strip = '<rect class="hover" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>step {:.0f}\n{}</title></rect>'
+    strip = '<rect class="hover" x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{} {}\n{}</title></rect>'
     tall = _HEIGHT - _BOTTOM - _TOP
+    at = "{:.0f}".format if along == "step" else figure
     return Markup("").join(
-        Markup(strip).format(across(s) - width / 2, _TOP, width, tall, s, "\n".join(told)) for s, told in found.items()
+        Markup(strip).format(across(s) - width / 2, _TOP, width, tall, along, at(s), "\n".join(told))
+        for s, told in found.items()
     )
 
 
-def _summary(title: str, series: Sequence[Series], unit: str) -> str:
+def _summary(title: str, series: Sequence[Series], unit: str, along: str = "step") -> str:
     """The chart in words."""
     told = [
         f"{each.name} from {figure(each.values[0], unit)} to {figure(each.values[-1], unit)}, between "
         f"{figure(min(each.values), unit)} and {figure(max(each.values), unit)}"
         for each in series[:COLOURS]
     ]
-    return visible(f"{title} by step: {'; '.join(told)}")
+    return visible(f"{title} by {along}: {'; '.join(told)}")
 
 
 def _svg(width: float, height: float, label: str, drawn: Sequence[Markup], *, fixed: bool = False) -> Markup:

@@ -31,6 +31,22 @@ def test_arithmetic_sides_are_disjoint_even_mirrored():
         assert len(a) == len(b) == 2
 
 
+def test_arithmetic_has_halves_and_subtraction():
+    halves = [load_rows(f"arithmetic@{split}", setting="data.eval", columns={}) for split in ("validation", "test")]
+    prompts = [{row["prompt"] for row in rows} for rows in halves]
+    assert prompts[0] | prompts[1] == {row["prompt"] for row in problems("eval")}
+    assert not prompts[0] & prompts[1]
+    subtraction = load_rows("arithmetic:subtraction@train", setting="data.train", columns={})
+    for row in subtraction[:100]:
+        a, b = map(int, row["prompt"][:-1].split("-"))
+        assert row["answer"] == row["slip"] == str(a - b)
+        assert a >= b
+    held_out = {frozenset(row["prompt"][:-1].split("+")) for row in problems("eval")}
+    assert not held_out & {frozenset(row["prompt"][:-1].split("-")) for row in subtraction}
+    both = load_rows("arithmetic:both@train", setting="data.train", columns={})
+    assert both == [*problems("train"), *subtraction]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 def test_files_with_mapped_columns(tmp_path: Path, suffix: str):
     import pandas
@@ -57,7 +73,8 @@ def test_files_with_mapped_columns(tmp_path: Path, suffix: str):
         ("gsm8k.jsonl", {"columns": {"prompt": "question", "answer": "solution"}}, ["no column 'solution'"]),
         ("broken.jsonl", {}, ["cannot be loaded"]),
         ("gsm8k.jsonl", {"columns": {"prompt": "question"}, "answer_after": "=>"}, ["row 0", "data.answer_after"]),
-        ("arithmetic@test", {}, ["'train' and 'eval'"]),
+        ("arithmetic@trial", {}, ["'train', 'eval', 'validation' and 'test'"]),
+        ("arithmetic:division@test", {}, ["data.train='arithmetic:division@test'", "'subtraction' and 'both'"]),
         ("a b", {}, ["neither"]),
     ],
 )
