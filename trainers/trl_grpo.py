@@ -243,7 +243,8 @@ class HybridGRPOTrainer(GRPOTrainer, _Planned):
 
     def save_merged(self, directory: str | Path) -> None:
         """Write the policy as a plain model that `from_pretrained` and vLLM load, adapters merged, in the base model's
-        precision; and the tokenizer. To be called on every process."""
+        precision; and the tokenizer. To be called on every process; they leave together, unless the process group has
+        ended, as it has at the end of TRL's script."""
         if self.args.should_save:
             new: dict[int, Tensor] = {id(self._base_names[name]): value for name, value in self.named_weights()}
             held = self._policy.state_dict()
@@ -251,7 +252,8 @@ class HybridGRPOTrainer(GRPOTrainer, _Planned):
             state |= {name: new[id(parameter)] for name, parameter in self._base_names.items()}
             self._policy.save_pretrained(directory, state_dict=state)
             self.processing_class.save_pretrained(directory)  # type: ignore[union-attr]
-        self.accelerator.wait_for_everyone()
+        if torch.distributed.is_initialized():
+            self.accelerator.wait_for_everyone()
 
 
 class _BasePolicy:
