@@ -68,7 +68,10 @@ def tree(tiny_tree: dict, tmp_path: Path) -> dict[str, Any]:
 )
 def test_rank_from_the_command_line(family: str, topology: str, tree: dict, tmp_path: Path, write_config, capfd):
     tree["model"] = {"path": str(saved(family, tmp_path / family))}
-    tree["plan"] |= {"probe": {"steps": 2, "mini_batches": 4}, "also_full": ["*.mlp.gate"] if family == "qwen3_moe" else []}
+    tree["plan"] |= {
+        "probe": {"steps": 2, "mini_batches": 4},
+        "also_full": ["*.mlp.gate"] if family == "qwen3_moe" else [],
+    }
     out = tmp_path / "plan.json"
     assert main(["rank", str(write_config(tree)), "--out", str(out)]) == 0
     plan = AdaptationPlan.load(out)
