@@ -107,10 +107,11 @@ def interval(value: float, drawn: Scores, seeds: int) -> Estimate:
 
 
 def p_value(value: float, drawn: Scores, seeds: int) -> float:
-    """Of no difference: a two-sided t test with the bootstrap's standard error."""
+    """Of no difference: a two-sided t test with the bootstrap's standard error. 1 where no two draws differ: runs that
+    are all alike do not show how far others would be from them."""
     error = float(drawn.std())
     if error == 0:
-        return 1.0 if value == 0 else 0.0
+        return 1.0
     of = stats.t(seeds - 1) if seeds > 1 else stats.norm()
     return float(2 * of.sf(abs(value) / error))
 
