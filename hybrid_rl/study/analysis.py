@@ -141,6 +141,20 @@ class _Runs:
         return fmean(float(getattr(r, attribute)) for runs in self.by_seed.values() for r in runs)
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """Runs at several ranks. AURAC weighs their scores by rank, so it is a mean of scores as a method's result is."""
+
+    name: str
+    by_seed: Mapping[int, Sequence[Result]]
+    points: Sequence[tuple[float, _Runs, str]]
+    """Of each rank: its weight, the runs, and what is added to the name of the set that they are measured on."""
+
+    def scores(self, held_out: str, metric: str, seeds: Sequence[int]) -> Scores:
+        """[S, P]"""
+        return np.sum([w * runs.scores(held_out + at, metric, seeds) for w, runs, at in self.points], axis=0)
+
+
 def analyse(
     study: Study,
     results: Mapping[str, Result],
@@ -158,15 +172,18 @@ def analyse(
         shared = len({str(t.config.data.eval) for t in trials if t.task == task}) == 1
         tasks[task] = [_arm(study, task, arm, runs, choices, shared) for arm in runs.values() if arm.by_seed]
         for held_out in study.report_on:
+            curves = {name: _curve(study, name, runs, held_out) for name in study.curves}
+            sides = runs | curves
             compared += [
                 found
                 for better, worse in study.compare
-                if (found := _compare(study, task, held_out, runs[better], runs[worse], shared)) is not None
+                if (found := _compare(study, task, held_out, sides[better], sides[worse], shared)) is not None
             ]
-            for name, curve in study.curves.items():
-                points = [(runs[m], held_out + suffix) for m, suffix in curve.points()]
-                if (area := _area(study, points, curve.ranks, shared)) is not None:
-                    areas[task, name, held_out] = area
+            for name, curve in curves.items():
+                if curve.by_seed:
+                    array = curve.scores(held_out, study.metric, list(curve.by_seed))
+                    drawn = replicates({name: array}, shared=shared)[name]
+                    areas[task, name, held_out] = interval(float(array.mean()), drawn, len(array))
         if len({t.config.model.path for t in trials if t.task == task}) == 1:
             stability += [found for m in study.methods if (found := _stability(task, runs[m])) is not None]
         remarks += _remarks(study, task, tasks[task], [name for name, arm in runs.items() if not arm.by_seed])
@@ -261,7 +278,9 @@ def _recovered(study: Study, held_out: str, arm: _Runs, runs: Mapping[str, _Runs
     return interval((mean[arm.name] - mean[over.name]) / gain, shares, len(seeds))
 
 
-def _compare(study: Study, task: str, held_out: str, better: _Runs, worse: _Runs, shared: bool) -> Comparison | None:
+def _compare(
+    study: Study, task: str, held_out: str, better: _Runs | _Curve, worse: _Runs | _Curve, shared: bool
+) -> Comparison | None:
     seeds = _common(better, worse)
     if not seeds:
         return None
@@ -280,18 +299,17 @@ def _compare(study: Study, task: str, held_out: str, better: _Runs, worse: _Runs
     return Comparison(task, held_out, better.name, worse.name, estimate, p, p, wins, len(seeds), problems, needed)
 
 
-def _area(study: Study, points: Sequence[tuple[_Runs, str]], ranks: Sequence[int], shared: bool) -> Estimate | None:
-    """`points`: of each rank, the runs and the set that they are measured on."""
-    seeds = _common(*(runs for runs, _ in points))
-    if not seeds:
-        return None
-    if any(held_out not in r.scores for runs, held_out in points for seed in seeds for r in runs.by_seed[seed]):
-        return None  # the curve was not asked for when these ran
-    arrays = {str(i): runs.scores(held_out, study.metric, seeds) for i, (runs, held_out) in enumerate(points)}
-    drawn = replicates(arrays, shared=shared)
-    value = aurac(ranks, [float(a.mean()) for a in arrays.values()], log=True)
-    areas = np.array([aurac(ranks, list(column), log=True) for column in zip(*drawn.values(), strict=True)])
-    return interval(value, areas, len(seeds))
+def _curve(study: Study, name: str, runs: Mapping[str, _Runs], held_out: str) -> _Curve:
+    """Without seeds where runs were made before the curve was asked for."""
+    curve = study.curves[name]
+    weights = [aurac(curve.ranks, list(unit), log=True) for unit in np.eye(len(curve.ranks))]
+    points = [(w, runs[m], at) for w, (m, at) in zip(weights, curve.points(), strict=True)]
+    seeds = {
+        seed: [r for _, arm, _ in points for r in arm.by_seed[seed]]
+        for seed in _common(*(arm for _, arm, _ in points))
+        if all(held_out + at in r.scores for _, arm, at in points for r in arm.by_seed[seed])
+    }
+    return _Curve(name, seeds, points)
 
 
 def _stability(task: str, arm: _Runs) -> Stability | None:
@@ -309,7 +327,7 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
-def _common(*arms: _Runs) -> list[int]:
+def _common(*arms: _Runs | _Curve) -> list[int]:
     first, *rest = arms
     return [seed for seed in first.by_seed if all(seed in arm.by_seed for arm in rest)]
 

@@ -118,7 +118,8 @@ class Study(Settings):
     report_on: _Names = ["test"]
     """Sets that results are told of; comparisons are made on each."""
     compare: list[tuple[str, str]] = []
-    """Pairs of methods or pools, the first claimed to be better; all pairs are corrected together (Holm)."""
+    """Pairs of methods, pools or curves (by AURAC), the first claimed to be better; all pairs are corrected together
+    (Holm)."""
     recovery: Recovery | None = None
     curves: dict[str, Curve] = {}
     """Name -> methods and ranks, of which the area under the accuracies is told beside the results."""
@@ -142,8 +143,15 @@ class Study(Settings):
         arms = [*self.methods, *self.pools]
         if both := set(self.methods) & set(self.pools):
             raise ValueError(f"{sorted(both)[0]!r} is both a method and a pool; rename one")
-        named = [("compare", name) for pair in self.compare for name in pair]
-        named += [("recovery", n) for n in ((self.recovery.of, self.recovery.over) if self.recovery else ())]
+        if both := set(self.curves) & set(arms):
+            raise ValueError(f"curves: {sorted(both)[0]!r} is a method or pool too; rename one")
+        if wrong := [n for pair in self.compare for n in pair if n not in arms and n not in self.curves]:
+            raise ValueError(
+                f"compare: {wrong[0]!r} is no method, pool or curve; there are {', '.join([*arms, *self.curves])}"
+            )
+        if mixed := [pair for pair in self.compare if len({name in self.curves for name in pair}) == 2]:
+            raise ValueError(f"compare: {list(mixed[0])} are a curve and a method; an area is compared with an area")
+        named = [("recovery", n) for n in ((self.recovery.of, self.recovery.over) if self.recovery else ())]
         named += [(f"curves.{c}", n) for c, curve in self.curves.items() for n in curve.methods]
         for where, name in named:
             if name not in arms:

@@ -27,6 +27,8 @@ LEVEL = 0.95
 POWER = 0.8
 RESAMPLES = 4000
 _CHUNK = 500
+_ROUNDING = 1e-12
+"""Spread of shares that is none."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def p_value(value: float, drawn: Scores, seeds: int) -> float:
     """Of no difference: a two-sided t test with the bootstrap's standard error. 1 where no two draws differ: runs that
     are all alike do not show how far others would be from them."""
     error = float(drawn.std())
-    if error == 0:
+    if error < _ROUNDING:
         return 1.0
     of = stats.t(seeds - 1) if seeds > 1 else stats.norm()
     return float(2 * of.sf(abs(value) / error))

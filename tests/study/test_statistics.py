@@ -226,3 +226,33 @@ def test_an_analysis_finds_what_was_put_in(tmp_path: Path):
     assert not lora.recovered
     assert not full.recovered
     assert analysis.runs == 12
+
+
+def test_areas_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Each of two curves over three ranks is a method as `_compare` sees it: trapezoids over log2 of 1, 2, 8."""
+    methods = {f"{k}_{r}": {"set": {"lora.rank": r + 10 * (k == "b")}} for k in "ab" for r in (1, 2, 8)}
+    curves = {f"area_{k}": {"ranks": [1, 2, 8], "methods": [f"{k}_{r}" for r in (1, 2, 8)]} for k in "ab"}
+    study = make_study(tmp_path, methods, curves=curves, compare=[["area_a", "area_b"]])
+    levels = {"a_1": 0.5, "a_2": 0.6, "a_8": 0.7, "b_1": 0.3, "b_2": 0.6, "b_8": 0.6}
+    results = pretend(study, lambda t: levels[t.method] + 0.003 * t.seed * (t.method[0] == "a"))
+    analysis = found_in(study, results)
+    means = {
+        m: [float(np.mean(r.scores["test"]["mean_at_k"])) for r in results.values() if r.method == m] for m in levels
+    }
+    area = {
+        k: [(x + y) / 2 / 3 + (y + z) / 3 for x, y, z in zip(*(means[f"{k}_{r}"] for r in (1, 2, 8)), strict=True)]
+        for k in "ab"
+    }
+    differences = np.subtract(area["a"], area["b"])
+    (found,) = analysis.comparisons
+    assert found.difference.value == pytest.approx(differences.mean())
+    assert found.wins == int((differences > 0).sum())
+    assert (found.verdict, found.seeds) == ("better", 5)
+    for k in "ab":
+        assert analysis.areas["task", f"area_{k}", "test"].value == pytest.approx(np.mean(area[k]))
+
+
+def test_runs_that_are_all_alike_settle_nothing() -> None:
+    alike = np.full((4, 1), 0.25)
+    drawn = replicates({"a": alike + 0.1, "b": alike}, shared=False)
+    assert p_value(0.1, drawn["a"] - drawn["b"], 4) == 1.0

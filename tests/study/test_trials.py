@@ -136,7 +136,7 @@ def test_a_run_is_known_by_what_it_trains(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"compare": [["full", "fulll"]]}, "'fulll' is no method or pool"),
+        ({"compare": [["full", "fulll"]]}, "'fulll' is no method, pool or curve"),
         ({"seeds": [1, 1]}, "has a seed twice"),
         ({"seeds": []}, "seeds"),
         ({"methods": {"a": {"rates": {"full.lr": [1.0], "lora.lr": [1.0, 2.0]}}}}, "different lengths"),
@@ -145,6 +145,11 @@ def test_a_run_is_known_by_what_it_trains(tmp_path: Path) -> None:
         ({"methods": {"a": {"pool": "b"}, "b": {}}}, "both a method and a pool"),
         ({"curves": {"c": {"ranks": [1, 2, 4], "methods": ["full", "lora"]}}}, "give as many, or one"),
         ({"curves": {"c": {"ranks": [2, 1], "methods": ["full"]}}}, "must rise"),
+        ({"curves": {"full": {"ranks": [1, 2], "methods": ["full"]}}}, "is a method or pool too"),
+        (
+            {"curves": {"c": {"ranks": [1, 2], "methods": ["full"]}}, "compare": [["c", "full"]]},
+            "area is compared with",
+        ),
         ({"recovery": {"of": "full", "over": "dora"}}, "'dora' is no method"),
         ({"metrics": "x"}, "metrics"),
     ],

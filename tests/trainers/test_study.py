@@ -96,7 +96,7 @@ def test_a_study_with_a_sweep_a_failure_and_ranks(tmp_path: Path) -> None:
         "matryoshka": {"set": {"adaptation": "matryoshka", "lora.rank": 2}},
         "broken": {"set": {"adaptation": "lora", "rollout.start_timeout": 1e-6, "cluster.backend": "ray"}},
     }
-    curves = {"matryoshka": {"ranks": [1, 2], "methods": ["matryoshka"]}}
+    curves = {"nested": {"ranks": [1, 2], "methods": ["matryoshka"]}}
     path = write_study(tmp_path, methods=methods, seeds=[0, 1], sweep_seeds=[0], parallel=2, curves=curves)
     done = study(path)
     assert done.returncode == 1, done.stdout + done.stderr
