@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -321,6 +322,15 @@ def _settle(log: str, threads: int) -> None:
         os.dup2(descriptor, stream.fileno())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
+
+
+def _end_with_the_study() -> None:
+    """A study that was killed leaves no run behind that would be in the way of the next start."""
+    study = multiprocessing.parent_process()
+    assert study is not None
+    wait([study.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(work: Any) -> None:

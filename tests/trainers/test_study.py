@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -87,6 +92,42 @@ def test_a_study_leaves_tables_and_goes_on_where_it_was(tmp_path: Path) -> None:
 def _model_order(name: str) -> tuple[int, int]:
     leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return int(name.split(".")[2]), leaves.index(name.rpartition(".")[2])
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_leaves_no_run_behind(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"steps": 100_000}))
+    process = subprocess.Popen([sys.executable, "-m", "hybrid_rl.cli", "study", str(path)], stdout=subprocess.DEVNULL)
+
+    def begun() -> bool:
+        return any((tmp_path / "study" / "runs").glob("*/rollouts/step_*.jsonl"))
+
+    def of_the_run() -> list[psutil.Process]:
+        return [p for p in psutil.process_iter() if p.pid != process.pid and _writes_to(p, str(tmp_path))]
+
+    try:
+        _await(begun, 200)
+        assert of_the_run()
+    finally:
+        process.kill()
+    process.wait()
+    _await(lambda: not of_the_run(), 60)
+    assert any((tmp_path / "study" / "runs").glob("*/checkpoints/*/")), "it saved before it ended"
+
+
+def _writes_to(process: psutil.Process, directory: str) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return os.readlink(f"/proc/{process.pid}/fd/1").startswith(directory)
+    return False
+
+
+def _await(what: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
