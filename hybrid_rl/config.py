@@ -51,7 +51,8 @@ class DataConfig(Settings):
     train: str
     """Training problems: a local `.jsonl`, `.json`, `.parquet` or `.csv` file, a hub data set
     `owner/name[:config][@split]`, or `arithmetic@train`, the built-in generator (`arithmetic:subtraction` or
-    `arithmetic:both` for other problems than addition; the splits `validation` and `test` are halves of `eval`)."""
+    `arithmetic:both` for other problems than addition, `arithmetic:words` for stories of both; the splits `validation`
+    and `test` are halves of `eval`)."""
     eval: str | Annotated[dict[str, str], Field(min_length=1)]
     """Held-out problems, named as `data.train` is; several sets as `{name: problems, ...}`."""
     columns: dict[str, str] = {}

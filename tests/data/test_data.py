@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_arithmetic_has_halves_and_subtraction():
     assert not held_out & {frozenset(row["prompt"][:-1].split("-")) for row in subtraction}
     both = load_rows("arithmetic:both@train", setting="data.train", columns={})
     assert both == [*problems("train"), *subtraction]
+
+
+def test_stories_tell_the_problems_of_their_split():
+    adding, taking = ("gets", "others", "in all"), ("loses", "sold", "too many")
+    for split in ("train", "validation", "test"):
+        rows = load_rows(f"arithmetic:words@{split}", setting="data.train", columns={})
+        assert rows == load_rows(f"arithmetic:words@{split}", setting="data.train", columns={})
+        found = []
+        for row in rows:
+            a, b = map(int, re.findall(r"\d+", row["prompt"]))
+            sums = any(word in row["prompt"] for word in adding)
+            assert sums != any(word in row["prompt"] for word in taking)
+            assert int(row["answer"]) == (a + b if sums else a - b)
+            found.append(f"{a}{'+' if sums else '-'}{b}=")
+        assert sorted(found) == sorted(row["prompt"] for row in problems(split, "both"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
