@@ -90,7 +90,7 @@ def test_files_with_mapped_columns(tmp_path: Path, suffix: str):
         ("broken.jsonl", {}, ["cannot be loaded"]),
         ("gsm8k.jsonl", {"columns": {"prompt": "question"}, "answer_after": "=>"}, ["row 0", "data.answer_after"]),
         ("arithmetic@trial", {}, ["'train', 'eval', 'validation' and 'test'"]),
-        ("arithmetic:division@test", {}, ["data.train='arithmetic:division@test'", "'subtraction' and 'both'"]),
+        ("arithmetic:division@test", {}, ["data.train='arithmetic:division@test'", "'both' and 'words'"]),
         ("a b", {}, ["neither"]),
     ],
 )
