@@ -76,6 +76,10 @@ class Group:
     rollout_logprobs: tuple[float, ...]
     advantages: tuple[float, ...]
 
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
 
 class Problem:
     """Teacher, student, and the sets planted in it."""
@@ -184,7 +188,13 @@ def _scorer(problem: Problem, score: Score, score_rank: int) -> tuple[Scorer, An
     config = parse_config({**tree, "plan": plan, "lora": {"rank": LORA_RANK, "lr": LORA_LR}})
     context = ScoreContext(config.plan, LORA_RANK, problem.case.seed)
     scorer = Scorer(
-        problem.student, problem.anatomy.candidates, score, context, loss=loss, tokens_per_micro_batch=10**9
+        problem.student,
+        problem.anatomy.candidates,
+        score,
+        context,
+        loss=loss,
+        tokens_per_micro_batch=10**9,
+        layout="padded",
     )
     return scorer, config
 
